@@ -1,0 +1,182 @@
+"""The specification of CARAFE in plain PyTorch; every kernel must match it.
+
+Letters are those of :mod:`mmcarafe.ops.carafe`. All functions below work on
+``weights (Tensor[N, G, K*K, S, S, H, W])``, of which masks and logits are two
+views. No K*K-fold copy of the features is built: one tap at a time, on
+``_CHUNK`` channels at a time, is multiplied into an accumulator.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# Channels per group that are accumulated together. It bounds the extra memory
+# and keeps the accumulator of a usual feature map in a CPU's cache.
+_CHUNK = 16
+
+
+def carafe(features, masks, kernel_size, group_size=1, scale_factor=2):
+    """See :func:`mmcarafe.ops.carafe`."""
+    weights = weights_from_masks(masks, kernel_size, group_size, scale_factor)
+    return reassemble(features, weights, None)
+
+
+def carafe_from_logits(
+    features,
+    logits,
+    kernel_size,
+    group_size=1,
+    scale_factor=2,
+    normalizer='softmax',
+):
+    """See :func:`mmcarafe.ops.carafe_from_logits`."""
+    weights = weights_from_logits(
+        logits, kernel_size, group_size, scale_factor
+    )
+    return reassemble(features, weights, normalizer)
+
+
+def weights_from_masks(masks, kernel_size, group_size, scale_factor):
+    """View ``[N, G*K*K, S*H, S*W]`` as ``[N, G, K*K, S, S, H, W]``."""
+    n, _, height, width = masks.shape
+    s = scale_factor
+    return masks.view(
+        n, group_size, kernel_size**2, height // s, s, width // s, s
+    ).permute(0, 1, 2, 4, 6, 3, 5)
+
+
+def weights_from_logits(logits, kernel_size, group_size, scale_factor):
+    """View ``[N, G*K*K*S*S, H, W]`` as ``[N, G, K*K, S, S, H, W]``."""
+    n, _, height, width = logits.shape
+    s = scale_factor
+    return logits.view(n, group_size, kernel_size**2, s, s, height, width)
+
+
+def reassemble(features, weights, normalizer):
+    """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``."""
+    w = normalize(_accumulable(weights), normalizer)
+    out = empty_map(features, features.shape[1], weights.shape[3])
+    x = _split_groups(features, w.shape[1])  # [N, G, C/G, H, W]
+    y = _split_subpixels(out, w)  # [N, G, C/G, S, S, H, W]
+    for c in range(0, x.shape[2], _CHUNK):
+        x_c = _accumulable(x[:, :, c : c + _CHUNK, None, None])
+        y_c = y[:, :, c : c + _CHUNK]
+        acc = torch.zeros(y_c.shape, dtype=w.dtype, device=w.device)
+        for k, here, there in _taps(w):
+            acc[here].addcmul_(x_c[there], w[:, :, k, None][here])
+        y_c.copy_(acc)
+    return out
+
+
+def grad_features(grad, weights, normalizer):
+    """Gather ``grad [N, C, S*H, S*W]`` back to ``[N, C, H, W]``."""
+    w = normalize(_accumulable(weights), normalizer)
+    out = empty_map(grad, grad.shape[1], 1, w.shape[-2:])
+    x = _split_groups(out, w.shape[1])  # [N, G, C/G, H, W]
+    g = _split_subpixels(grad, w)  # [N, G, C/G, S, S, H, W]
+    for c in range(0, x.shape[2], _CHUNK):
+        g_c = _accumulable(g[:, :, c : c + _CHUNK])
+        x_c = x[:, :, c : c + _CHUNK]
+        acc = torch.zeros(x_c.shape, dtype=w.dtype, device=w.device)
+        for k, here, there in _taps(w):
+            acc[there] += (g_c[here] * w[:, :, k, None][here]).sum((3, 4))
+        x_c.copy_(acc)
+    return out
+
+
+def grad_weights(grad, features, weights, normalizer):
+    """Correlate ``grad`` and features to ``[N, G, K*K, S, S, H, W]``."""
+    logits = _accumulable(weights)
+    acc = torch.zeros_like(logits)
+    x = _split_groups(features, weights.shape[1])  # [N, G, C/G, H, W]
+    g = _split_subpixels(grad, weights)  # [N, G, C/G, S, S, H, W]
+    for c in range(0, x.shape[2], _CHUNK):
+        x_c = _accumulable(x[:, :, c : c + _CHUNK, None, None])
+        g_c = _accumulable(g[:, :, c : c + _CHUNK])
+        for k, here, there in _taps(weights):
+            acc[:, :, k][here] += (g_c[here] * x_c[there]).sum(2)
+    grad_logits = normalize_backward(acc, logits, normalizer)
+    return torch.empty_like(weights).copy_(grad_logits)
+
+
+def normalize(weights, normalizer):
+    """Turn logits into weights over the K*K taps (dimension 2)."""
+    if normalizer == 'softmax':
+        return weights.softmax(2)
+    if normalizer == 'sigmoid_normalized':
+        # sigmoid(l) / sum sigmoid(l), which is 0 / 0 for very negative l
+        return F.logsigmoid(weights).softmax(2)
+    if normalizer == 'sigmoid':
+        return weights.sigmoid()
+    return weights
+
+
+def normalize_backward(grad, weights, normalizer):
+    """Gradient of :func:`normalize` towards the logits ``weights``."""
+    if normalizer is None:
+        return grad
+    w = normalize(weights, normalizer)
+    if normalizer == 'sigmoid':
+        return grad * w * (1 - w)
+    grad = w * (grad - (w * grad).sum(2, keepdim=True))
+    if normalizer == 'sigmoid_normalized':
+        grad = grad * torch.sigmoid(-weights)
+    return grad
+
+
+def empty_map(like, channels, scale_factor, size=None):
+    """New ``[N, C, S*H, S*W]`` in the memory format of ``like``."""
+    n, _, height, width = like.shape
+    height, width = size or (height * scale_factor, width * scale_factor)
+    channels_last = (
+        not like.is_contiguous() and channels > 1 and like.stride(1) == 1
+    )
+    return torch.empty(
+        (n, channels, height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last
+        if channels_last
+        else torch.contiguous_format,
+    )
+
+
+def _taps(weights):
+    """Yield each tap k, the pixels it serves, and the pixels it reads.
+
+    Both are index expressions for the last two dimensions, H and W. Pixels
+    that would read outside the map are left out: they add zero.
+    """
+    taps, height, width = weights.shape[2], *weights.shape[-2:]
+    kernel_size = int(taps**0.5)
+    for k in range(taps):
+        dy = k // kernel_size - kernel_size // 2
+        dx = k % kernel_size - kernel_size // 2
+        if abs(dy) < height and abs(dx) < width:
+            here = (
+                ...,
+                slice(max(0, -dy), height - max(0, dy)),
+                slice(max(0, -dx), width - max(0, dx)),
+            )
+            there = (
+                ...,
+                slice(max(0, dy), height - max(0, -dy)),
+                slice(max(0, dx), width - max(0, -dx)),
+            )
+            yield k, here, there
+
+
+def _accumulable(x):
+    """fp16 and bf16 accumulate in fp32, fp32 in fp32, fp64 in fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _split_groups(x, groups):
+    n, channels, height, width = x.shape
+    return x.view(n, groups, channels // groups, height, width)
+
+
+def _split_subpixels(y, weights):
+    n, groups, _, s, _, height, width = weights.shape
+    return y.view(
+        n, groups, y.shape[1] // groups, height, s, width, s
+    ).permute(0, 1, 2, 4, 6, 3, 5)  # [N, G, C/G, S, S, H, W]

@@ -1,0 +1,107 @@
+"""Run mmcv's own CARAFE on this package's operator.
+
+Importing this module is all there is to do, in any config::
+
+    custom_imports = dict(imports=['mmcarafe.drop_in'])
+
+mmcv's ``carafe``, ``carafe_naive``, ``CARAFE``, ``CARAFENaive`` and
+``CARAFEPack`` (``type='carafe'``) then work on every device, in every dtype,
+for all strides, wherever they were imported from before; so do mmdet's
+``FPN_CARAFE`` and its mask heads. Parameters and state dicts stay mmcv's.
+
+:func:`disable` undoes it, :func:`enable` does it again.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from mmengine.logging import print_log
+
+from mmcarafe.ops import carafe, carafe_from_logits, reference
+
+if find_spec('mmcv') is None or find_spec('mmcv._ext') is None:
+    raise ImportError(
+        'mmcarafe.drop_in replaces the CARAFE of mmcv.ops, but '
+        + (
+            'mmcv is not installed'
+            if find_spec('mmcv') is None
+            else 'this mmcv was built without its ops (mmcv-lite?)'
+        )
+    )
+
+from mmcv.ops.carafe import (  # noqa: E402
+    CARAFEFunction,
+    CARAFENaiveFunction,
+    CARAFEPack,
+)
+
+
+def _forward(ctx, features, masks, kernel_size, group_size, scale_factor):
+    ctx.save_for_backward(features, masks)
+    ctx.arguments = kernel_size, group_size, scale_factor
+    return carafe(features, masks, kernel_size, group_size, scale_factor)
+
+
+def _backward(ctx, grad):
+    features, masks = ctx.saved_tensors
+    # Under autocast the two may differ; grad has the dtype that was used.
+    weights = reference.weights_from_masks(
+        masks.to(grad.dtype), *ctx.arguments
+    )
+    grad_features = grad_masks = None
+    if ctx.needs_input_grad[0]:
+        grad_features = torch.ops.mmcarafe.carafe_grad_features(
+            grad, weights, None
+        ).to(features.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_masks = torch.ops.mmcarafe.carafe_grad_weights(
+            grad, features.to(grad.dtype), weights, None
+        )  # [N, G, K*K, S, S, H, W]
+        grad_masks = (
+            grad_masks.permute(0, 1, 2, 5, 3, 6, 4)
+            .reshape(masks.shape)  # [N, G*K*K, S*H, S*W]
+            .to(masks.dtype)
+        )
+    return grad_features, grad_masks, None, None, None
+
+
+def _pack_forward(self, x):
+    if (
+        type(self).kernel_normalizer is not CARAFEPack.kernel_normalizer
+        or type(self).feature_reassemble is not CARAFEPack.feature_reassemble
+    ):  # a subclass with steps of its own
+        return _ORIGINALS[CARAFEPack, 'forward'](self, x)
+    logits = self.content_encoder(self.channel_compressor(x))
+    return carafe_from_logits(
+        x, logits, self.up_kernel, self.up_group, self.scale_factor
+    )
+
+
+# `carafe` is a bound `CARAFEFunction.apply`. It looks forward and backward up
+# when called, so replacing those reaches the names that others hold already.
+_REPLACEMENTS = {
+    (CARAFEFunction, 'forward'): staticmethod(_forward),
+    (CARAFEFunction, 'backward'): staticmethod(_backward),
+    (CARAFENaiveFunction, 'forward'): staticmethod(_forward),
+    (CARAFENaiveFunction, 'backward'): staticmethod(_backward),
+    (CARAFEPack, 'forward'): _pack_forward,
+}
+_ORIGINALS = {
+    (owner, name): vars(owner)[name] for owner, name in _REPLACEMENTS
+}
+
+
+def enable():
+    """Replace mmcv's CARAFE. Importing this module has done it already."""
+    for (owner, name), function in _REPLACEMENTS.items():
+        setattr(owner, name, function)
+    print_log("mmcv's CARAFE now runs on mmcarafe's operator", 'current')
+
+
+def disable():
+    """Give mmcv its own CARAFE back."""
+    for (owner, name), function in _ORIGINALS.items():
+        setattr(owner, name, function)
+
+
+enable()

@@ -1,0 +1,11 @@
+from importlib.util import find_spec
+
+from mmcarafe.models.upsample import CARAFE
+
+__all__ = ['CARAFE']
+
+# The neck is a subclass of mmdet's. Without mmdet the module still works.
+if find_spec('mmdet'):
+    from mmcarafe.models.fpn import CARAFEFPN
+
+    __all__ += ['CARAFEFPN']

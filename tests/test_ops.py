@@ -1,0 +1,490 @@
+"""The operator against a hand-worked example, six loops and its contract."""
+
+import itertools
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    LAYOUTS,
+    Case,
+    all_cases,
+    all_dtypes,
+    all_layouts,
+    all_normalizers,
+    assert_as_exact_as,
+    forward_and_gradients,
+    randn,
+)
+from torch.nn import functional as F
+
+from mmcarafe.ops import carafe, carafe_from_logits, reference
+
+# The reference, against things that can be checked by eye
+
+
+def six_loops(features, masks, kernel_size, group_size, scale_factor):
+    """mmcv's contract, literally: masks are normalised and shuffled."""
+    n, channels, height, width = features.shape
+    out = features.new_zeros(
+        n, channels, height * scale_factor, width * scale_factor
+    )
+    for b, c, y, x in itertools.product(*map(range, out.shape)):
+        group = c // (channels // group_size)
+        for dy, dx in itertools.product(range(kernel_size), repeat=2):
+            source_y = y // scale_factor + dy - kernel_size // 2
+            source_x = x // scale_factor + dx - kernel_size // 2
+            if 0 <= source_y < height and 0 <= source_x < width:
+                tap = (group * kernel_size + dy) * kernel_size + dx
+                out[b, c, y, x] += (
+                    masks[b, tap, y, x] * features[b, c, source_y, source_x]
+                )
+    return out
+
+
+def masks_from_logits(logits, kernel_size, group_size, scale_factor, mode):
+    """What mmcv's CARAFEPack does between its convolution and its operator."""
+    masks = F.pixel_shuffle(logits, scale_factor)
+    shape = masks.shape
+    masks = masks.view(shape[0], group_size, kernel_size**2, *shape[2:])
+    if mode == 'softmax':
+        masks = masks.exp() / masks.exp().sum(2, keepdim=True)
+    elif mode is not None:
+        masks = 1 / (1 + (-masks).exp())
+        if mode == 'sigmoid_normalized':
+            masks = masks / masks.sum(2, keepdim=True)
+    return masks.view(shape)
+
+
+@pytest.mark.parametrize('operator', [reference.carafe, carafe])
+def test_hand_worked_example(operator):
+    features = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
+    masks = torch.zeros(1, 9, 6, 6)
+    masks[0, 4] = 1.0  # the centre tap alone: nearest
+    masks[0, :, 0, 0] = 1 / 9  # top left: 4 of 9 taps are inside the map
+    masks[0, :, 3, 2] = 1 / 9  # the mean of the whole map
+    masks[0, :, 5, 5] = 0
+    masks[0, 0, 5, 5] = 2.0  # twice the upper left neighbour
+    expected = torch.tensor(
+        [
+            [12 / 9, 1, 2, 2, 3, 3],
+            [1, 1, 2, 2, 3, 3],
+            [4, 4, 5, 5, 6, 6],
+            [4, 4, 5, 5, 6, 6],
+            [7, 7, 8, 8, 9, 9],
+            [7, 7, 8, 8, 9, 10],
+        ]
+    )
+    expected[3, 2] = 45 / 9
+    torch.testing.assert_close(operator(features, masks, 3)[0, 0], expected)
+
+
+@all_cases
+def test_reference_equals_six_loops(case):
+    features = randn(*case.features_shape)
+    masks = randn(*case.masks_shape)
+    torch.testing.assert_close(
+        reference.carafe(features, masks, *case.arguments),
+        six_loops(features, masks, *case.arguments),
+        rtol=0,
+        atol=1e-10,
+    )
+
+
+@all_cases
+@all_normalizers
+def test_reference_normalises_as_the_definition(case, normalizer):
+    features = randn(*case.features_shape)
+    logits = randn(*case.logits_shape)
+    masks = masks_from_logits(logits, *case.arguments, normalizer)
+    torch.testing.assert_close(
+        reference.carafe_from_logits(
+            features, logits, *case.arguments, normalizer
+        ),
+        reference.carafe(features, masks, *case.arguments),
+        rtol=0,
+        atol=1e-10,
+    )
+
+
+# The operator, against the reference
+
+
+@all_cases
+@all_dtypes
+@all_layouts
+@pytest.mark.parametrize('form', ['logits', 'masks'])
+def test_operator_equals_reference(case, dtype, layout, form):
+    if form == 'masks':
+        operator, plain = carafe, reference.carafe
+        shape, arguments = case.masks_shape, case.arguments
+    else:
+        operator, plain = carafe_from_logits, reference.carafe_from_logits
+        shape, arguments = case.logits_shape, case.arguments
+    features = randn(*case.features_shape, dtype=dtype)
+    weights = randn(*shape, dtype=dtype)
+    grad = randn(case.n, case.c, *[case.s * x for x in case[2:4]], dtype=dtype)
+    # autograd through the plain forward, not the closed-form gradients
+    exact = forward_and_gradients(
+        plain, features.double(), weights.double(), grad.double(), *arguments
+    )
+    same_dtype = forward_and_gradients(
+        plain, features, weights, grad, *arguments
+    )
+    results = forward_and_gradients(
+        operator, layout(features), layout(weights), layout(grad), *arguments
+    )
+    for result, rounded, true in zip(results, same_dtype, exact):
+        assert_as_exact_as(result, rounded, true)
+
+
+@all_normalizers
+@pytest.mark.parametrize(
+    'case',
+    [Case(1, 4, 2, 2, k=3, g=2, s=1), Case(1, 2, 2, 2, k=3), Case(1, 1, 3, 1)],
+    ids=repr,
+)
+def test_gradients_of_first_and_second_order(case, normalizer):
+    features = randn(*case.features_shape).requires_grad_()
+    logits = randn(*case.logits_shape).requires_grad_()
+
+    def upsample(features, logits):
+        return carafe_from_logits(
+            features, logits, *case.arguments, normalizer
+        )
+
+    torch.autograd.gradcheck(upsample, (features, logits))
+    torch.autograd.gradgradcheck(upsample, (features, logits))
+
+
+@pytest.mark.parametrize('which', ['features', 'logits'])
+def test_gradient_for_one_input_only(which):
+    case = CASES['the-paper']
+    inputs = dict(
+        features=randn(*case.features_shape), logits=randn(*case.logits_shape)
+    )
+    both = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+    carafe_from_logits(**both, kernel_size=5).square().sum().backward()
+    inputs[which].requires_grad_()
+    carafe_from_logits(**inputs, kernel_size=5).square().sum().backward()
+    torch.testing.assert_close(inputs[which].grad, both[which].grad)
+    for other in inputs.keys() - {which}:
+        assert inputs[other].grad is None
+
+
+# Properties
+
+
+def test_unit_mask_of_kernel_1_is_nearest():
+    features = randn(2, 3, 4, 5)
+    masks = torch.ones(2, 1, 12, 15, dtype=torch.float64)
+    nearest = F.interpolate(features, scale_factor=3, mode='nearest')
+    assert torch.equal(carafe(features, masks, 1, 1, 3), nearest)
+
+
+@pytest.mark.parametrize('normalizer', ['softmax', 'sigmoid_normalized'])
+def test_constant_stays_constant_away_from_the_border(normalizer):
+    features = torch.full((1, 2, 9, 9), 3.0)
+    logits = randn(1, 100, 9, 9, dtype=torch.float32)
+    out = carafe_from_logits(features, logits, 5, normalizer=normalizer)
+    inner = out[:, :, 4:-4, 4:-4]
+    torch.testing.assert_close(inner, torch.full_like(inner, 3.0))
+    assert out[0, 0, 0, 0] < 3.0  # no renormalisation at the border
+
+
+def test_linear_in_features():
+    case = CASES['groups-2']
+    a, b = randn(2, *case.features_shape)
+    logits = randn(*case.logits_shape)
+    torch.testing.assert_close(
+        carafe_from_logits(2 * a + b, logits, *case.arguments),
+        2 * carafe_from_logits(a, logits, *case.arguments)
+        + carafe_from_logits(b, logits, *case.arguments),
+    )
+
+
+def test_batch_neighbours_do_not_matter():
+    case = CASES['the-paper']
+    features = randn(*case.features_shape)
+    logits = randn(*case.logits_shape)
+    expected = carafe_from_logits(features, logits, 5)[1]
+    features[0] = torch.nan
+    logits[0] = torch.nan
+    assert torch.equal(carafe_from_logits(features, logits, 5)[1], expected)
+
+
+@all_dtypes
+def test_run_twice_equal_to_the_bit(dtype):
+    features = randn(2, 19, 7, 9, dtype=dtype)
+    logits = randn(2, 100, 7, 9, dtype=dtype)
+    grad = randn(2, 19, 14, 18, dtype=dtype)
+    first, second = (
+        forward_and_gradients(carafe_from_logits, features, logits, grad, 5)
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize('logit', [-1e4, 1e4])
+@all_normalizers
+def test_large_logits_stay_finite(normalizer, logit):
+    features = randn(1, 2, 5, 5, dtype=torch.float32)
+    logits = torch.full((1, 100, 5, 5), logit)
+    grad = torch.ones(1, 2, 10, 10)
+    results = forward_and_gradients(
+        carafe_from_logits, features, logits, grad, 5, 1, 2, normalizer
+    )
+    assert all(result.isfinite().all() for result in results)
+
+
+@all_layouts
+def test_every_element_is_written(layout):
+    """Uninitialised memory is filled with NaN here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(1).isnan()
+        results = forward_and_gradients(
+            carafe_from_logits,
+            layout(randn(2, 5, 3, 4)),
+            layout(randn(2, 100, 3, 4)),
+            layout(randn(2, 5, 6, 8)),
+            5,
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(result.isfinite().all() for result in results)
+
+
+# Memory
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('scale_factor', [1, 2])
+def test_extra_memory_is_at_most_three_outputs(dtype, scale_factor):
+    """Of any of the three operators, its own result apart."""
+    case = Case(1, 256, 25, 42, s=scale_factor)
+    features = randn(*case.features_shape, dtype=dtype)
+    weights = reference.weights_from_logits(
+        randn(*case.logits_shape, dtype=dtype), *case.arguments
+    )
+    op = torch.ops.mmcarafe
+    out = op.carafe(features, weights, 'softmax')
+    limit = 3 * out.nbytes
+    grad = torch.ones_like(out)
+    for run in (
+        lambda: op.carafe(features, weights, 'softmax'),
+        lambda: op.carafe_grad_features(grad, weights, 'softmax'),
+        lambda: op.carafe_grad_weights(grad, features, weights, 'softmax'),
+    ):
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            result = run()
+        in_use = peak = 0
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == '[memory]':
+                in_use += event.nbytes()
+                peak = max(peak, in_use)
+        assert peak >= result.nbytes  # the profiler has seen the operator
+        assert peak - result.nbytes <= limit
+
+
+def test_training_keeps_features_and_logits_alone():
+    features = randn(1, 8, 5, 6).requires_grad_()
+    logits = randn(1, 100, 5, 6).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        carafe_from_logits(features, logits, 5)
+    assert {x.untyped_storage().data_ptr() for x in kept} == {
+        features.data_ptr(),
+        logits.data_ptr(),
+    }
+
+
+# How the operator sits in torch
+
+
+@all_layouts
+def test_output_keeps_the_memory_format(layout):
+    features = layout(randn(2, 5, 4, 6))
+    out = carafe_from_logits(features, randn(2, 100, 4, 6), 5)
+    channels_last = features.stride(1) == 1
+    assert out.is_contiguous(
+        memory_format=torch.channels_last
+        if channels_last
+        else torch.contiguous_format
+    )
+    assert channels_last == (
+        layout in (LAYOUTS['channels_last'], LAYOUTS['sliced_channels_last'])
+    )
+
+
+needs_opcheck = pytest.mark.skipif(
+    not hasattr(torch.library, 'opcheck'), reason='opcheck came with torch 2.4'
+)
+
+
+@needs_opcheck
+# opcheck itself reads .grad of what passes between two operators
+@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor')
+@all_layouts
+@pytest.mark.parametrize('normalizer', ['softmax', None])
+def test_opcheck(layout, normalizer):
+    features = layout(randn(2, 4, 3, 5)).requires_grad_()
+    grad = layout(randn(2, 4, 6, 10)).requires_grad_()
+    weights = reference.weights_from_logits(
+        layout(randn(2, 200, 3, 5)), 5, 2, 2
+    ).requires_grad_()
+    op = torch.ops.mmcarafe
+    for operator, inputs in (
+        (op.carafe, (features, weights)),
+        (op.carafe_grad_features, (grad, weights)),
+        (op.carafe_grad_weights, (grad, features, weights)),
+    ):
+        torch.library.opcheck(operator, (*inputs, normalizer))
+
+
+@pytest.mark.parametrize('operator', [carafe, carafe_from_logits])
+def test_compiles_into_one_graph_with_dynamic_shapes(operator):
+    compiled = torch.compile(operator, fullgraph=True, backend='aot_eager')
+    for height, width in ((4, 6), (5, 6), (7, 9)):
+        features = randn(2, 4, height, width)
+        grad = randn(2, 4, 2 * height, 2 * width)
+        if operator is carafe:
+            weights = randn(2, 25, 2 * height, 2 * width)
+        else:
+            weights = randn(2, 100, height, width)
+        expected = forward_and_gradients(operator, features, weights, grad, 5)
+        results = forward_and_gradients(compiled, features, weights, grad, 5)
+        for result, eager in zip(results, expected):
+            torch.testing.assert_close(result, eager)
+
+
+def test_meta_tensors_give_shapes():
+    out = carafe_from_logits(
+        torch.empty(2, 4, 3, 5, device='meta'),
+        torch.empty(2, 100, 3, 5, device='meta'),
+        5,
+    )
+    assert out.is_meta and out.shape == (2, 4, 6, 10)
+
+
+@pytest.mark.parametrize(
+    'features_dtype, logits_dtype, expected',
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+def test_autocast_takes_the_wider_dtype(
+    features_dtype, logits_dtype, expected
+):
+    features = randn(1, 4, 3, 5, dtype=features_dtype).requires_grad_()
+    logits = randn(1, 100, 3, 5, dtype=logits_dtype).requires_grad_()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = carafe_from_logits(features, logits, 5)
+    assert out.dtype == expected
+    out.sum().backward()
+    assert features.grad.dtype == features_dtype
+    assert logits.grad.dtype == logits_dtype
+
+
+def test_activation_checkpointing():
+    features = randn(1, 4, 3, 5).requires_grad_()
+    logits = randn(1, 100, 3, 5).requires_grad_()
+    out = torch.utils.checkpoint.checkpoint(
+        carafe_from_logits, features, logits, 5, use_reentrant=False
+    )
+    expected = carafe_from_logits(features, logits, 5)
+    assert torch.equal(out, expected)
+    inputs = (features, logits)
+    for again, once in zip(
+        torch.autograd.grad(out.sum(), inputs),
+        torch.autograd.grad(expected.sum(), inputs),
+    ):
+        assert torch.equal(again, once)
+
+
+# Bad input: argument, what was expected, what came
+
+X = torch.zeros(2, 4, 3, 5)
+MASKS = torch.zeros(2, 25, 6, 10)
+LOGITS = torch.zeros(2, 100, 3, 5)
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(features=[1]), 'features is a list, expected a Tensor'),
+        (
+            dict(features=X[0]),
+            r'features has 3 dimensions \(4, 3, 5\), expected 4',
+        ),
+        (dict(features=X.int()), 'features has dtype torch.int32, expected'),
+        (
+            dict(features=X[:, :, :0], logits=LOGITS[:, :, :0]),
+            r'features has shape \(2, 4, 0, 5\), expected C, H and W >= 1',
+        ),
+        (dict(logits=None), 'logits is a NoneType, expected a Tensor'),
+        (dict(logits=LOGITS[0]), 'logits has 3 dimensions'),
+        (dict(logits=LOGITS.long()), 'logits has dtype torch.int64, expected'),
+        (
+            dict(logits=LOGITS.double()),
+            'logits has dtype torch.float64, expected torch.float32',
+        ),
+        (
+            dict(logits=LOGITS.to('meta')),
+            'logits is on meta, expected cpu, where features is',
+        ),
+        (dict(logits=LOGITS[:1]), 'logits has batch size 1, expected 2'),
+        (
+            dict(logits=LOGITS[:, 1:]),
+            r'logits has 99 channels, expected G\*K\*K\*S\*S = 100',
+        ),
+        (
+            dict(logits=LOGITS[:, :, 1:]),
+            r'logits has size \(2, 5\), expected \(H, W\) = \(3, 5\)',
+        ),
+        (dict(kernel_size=4), 'kernel_size is 4, expected an odd int >= 1'),
+        (dict(kernel_size=-1), 'kernel_size is -1, expected an odd int >= 1'),
+        (dict(kernel_size=5.0), 'kernel_size is a float, expected an odd int'),
+        (dict(kernel_size=True), 'kernel_size is a bool, expected an odd int'),
+        (dict(group_size=0), 'group_size is 0, expected an int >= 1'),
+        (
+            dict(group_size=3),
+            'features has 4 channels, expected a multiple of group_size = 3',
+        ),
+        (dict(scale_factor=0), 'scale_factor is 0, expected an int >= 1'),
+        (dict(scale_factor=1.5), 'scale_factor is a float, expected an int'),
+        (
+            dict(normalizer='tanh'),
+            "normalizer is 'tanh', expected one of .*softmax",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_bad_input_of_carafe_from_logits(changes, message):
+    arguments = dict(features=X, logits=LOGITS, kernel_size=5)
+    with pytest.raises((TypeError, ValueError), match=message):
+        carafe_from_logits(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (
+            dict(masks=MASKS[:, 1:]),
+            r'masks has 24 channels, expected G\*K\*K = 25',
+        ),
+        (
+            dict(masks=MASKS[..., 1:]),
+            r'masks has size \(6, 9\), expected \(S\*H, S\*W\) = \(6, 10\)',
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_bad_input_of_carafe(changes, message):
+    arguments = dict(features=X, masks=MASKS, kernel_size=5)
+    with pytest.raises((TypeError, ValueError), match=message):
+        carafe(**{**arguments, **changes})

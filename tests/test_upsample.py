@@ -1,0 +1,192 @@
+import pytest
+import torch
+from mmengine.model import BaseModule, ModuleList
+from mmengine.registry import MODELS as ROOT
+from torch import nn
+from torch.nn import functional as F
+
+import mmcarafe
+from mmcarafe.models.upsample import CARAFE, build_upsampler, fit
+from mmcarafe.ops import reference
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(),
+        dict(scale_factor=3, up_kernel=3, up_group=4, encoder_kernel=1),
+        dict(encoder_kernel=5, encoder_dilation=2, compressed_channels=7),
+        dict(scale_factor=1, up_kernel=7, normalizer='sigmoid_normalized'),
+        dict(out_channels=5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('size', [(1, 1), (3, 7), (16, 10)], ids=str)
+def test_any_size_and_arguments(arguments, size):
+    module = CARAFE(8, **arguments)
+    x = torch.randn(2, 8, *size, requires_grad=True)
+    out = module(x)
+    scale = arguments.get('scale_factor', 2)
+    channels = arguments.get('out_channels', 8)
+    assert out.shape == (2, channels, scale * size[0], scale * size[1])
+    out.square().sum().backward()
+    for tensor in (x, *module.parameters()):
+        assert tensor.grad.isfinite().all() and tensor.grad.any()
+
+
+def test_forward_is_the_three_steps_of_the_paper():
+    module = CARAFE(6, up_group=2, encoder_dilation=2).double()
+    nn.init.normal_(module.content_encoder.weight)
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    logits = F.conv2d(
+        module.channel_compressor(x),
+        module.content_encoder.weight,
+        module.content_encoder.bias,
+        padding=2,
+        dilation=2,
+    )
+    masks = F.pixel_shuffle(logits, 2).view(2, 2, 25, 10, 14).softmax(2)
+    masks = masks.view(2, 50, 10, 14)
+    expected = reference.carafe(x, masks, 5, 2, 2)
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-10)
+
+
+def test_parameters_are_the_papers_and_mmcvs():
+    """74,148 for C=256 (section 3.4), under the names of CARAFEPack."""
+    module = CARAFE(256)
+    assert sum(p.numel() for p in module.parameters()) == 74_148
+    pack = pytest.importorskip('mmcv.ops.carafe').CARAFEPack
+    theirs = pack(256, 2).state_dict()
+    module.load_state_dict(theirs, strict=True)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, theirs[name])
+
+
+def test_a_float_is_a_share_of_the_channels():
+    module = CARAFE(512, compressed_channels=0.25)
+    assert module.channel_compressor.out_channels == 128
+
+
+def test_initialisation_survives_a_parents_init_cfg():
+    class Parent(BaseModule):
+        def __init__(self):
+            super().__init__(
+                dict(type='Xavier', layer='Conv2d', distribution='uniform')
+            )
+            self.ups = ModuleList([CARAFE(16)])
+
+    parent = Parent()
+    parent.init_weights()
+    weight = parent.ups[0].content_encoder.weight
+    assert weight.std().item() == pytest.approx(0.001, rel=0.05)
+    assert not parent.ups[0].content_encoder.bias.any()
+
+
+def test_starts_as_a_box_filter():
+    module = CARAFE(4)
+    inner = module(torch.ones(1, 4, 9, 9))[:, :, 4:-4, 4:-4]
+    torch.testing.assert_close(inner, torch.ones_like(inner))
+
+
+def test_channels_last_goes_through():
+    x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
+    module = CARAFE(8).to(memory_format=torch.channels_last)
+    assert module(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bfloat16_autocast():
+    module, x = CARAFE(8), torch.randn(1, 8, 5, 6)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = module(x)
+    torch.testing.assert_close(
+        out, module(x), rtol=1e-2, atol=1e-2, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(channels=0), 'channels is 0, expected an int >= 1'),
+        (dict(up_kernel=4), 'up_kernel is 4, expected an odd int'),
+        (dict(encoder_kernel=2), 'encoder_kernel is 2, expected an odd int'),
+        (dict(up_group=3), 'up_group is 3, expected a divisor of channels'),
+        (dict(scale_factor=2.0), 'scale_factor is a float'),
+        (dict(compressed_channels=0.01), 'compressed_channels is 0, expected'),
+        (dict(normalizer='relu'), "normalizer is 'relu', expected one of"),
+        (dict(out_channels=-2), 'out_channels is -2, expected'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        CARAFE(**{'channels': 8, **arguments})
+
+
+# build_upsampler
+
+UPSAMPLERS = [
+    dict(type='mmcarafe.CARAFE'),
+    dict(type='CARAFE', up_kernel=3),
+    dict(type=CARAFE),
+    dict(type='nearest'),
+    dict(type='bilinear', align_corners=False),
+    dict(type='deconv'),
+    dict(type='deconv', kernel_size=2),
+    dict(type='deconv', kernel_size=4),
+    dict(type='pixel_shuffle'),
+]
+
+
+@pytest.mark.parametrize('cfg', UPSAMPLERS, ids=str)
+@pytest.mark.parametrize('scale_factor', [2, 3])
+def test_builds_mmcvs_upsamplers_and_ours(cfg, scale_factor):
+    pytest.importorskip('mmcv')
+    module = build_upsampler(cfg, 6, scale_factor)
+    out = module(torch.randn(1, 6, 3, 5))
+    assert out.shape == (1, 6, 3 * scale_factor, 5 * scale_factor)
+
+
+@pytest.mark.parametrize(
+    'cfg, message',
+    [
+        ('nearest', 'upsample_cfg is a str, expected a dict'),
+        (None, 'upsample_cfg is a NoneType, expected a dict'),
+        (dict(mode='nearest'), "upsample_cfg is .*, expected a 'type'"),
+        (dict(type='CARAFF'), "has type 'CARAFF', expected a registered"),
+        (dict(type='mmcarafe.CARAFF'), "has type 'mmcarafe.CARAFF', expected"),
+        (dict(type=7), 'has type 7, expected a registered upsampler'),
+        (
+            dict(type='CARAFE', kernel=5),
+            "unexpected keyword argument 'kernel'",
+        ),
+        (dict(type='CARAFE', up_kernel=6), 'up_kernel is 6, expected an odd'),
+    ],
+    ids=str,
+)
+def test_bad_upsample_cfg(cfg, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        build_upsampler(cfg, 8)
+
+
+def test_the_prefix_is_enough_for_any_registry():
+    assert isinstance(
+        ROOT.build(dict(type='mmcarafe.CARAFE', channels=4)), CARAFE
+    )
+    assert mmcarafe.CARAFE is CARAFE
+    with pytest.raises(AttributeError, match="no attribute 'CARAFFE'"):
+        mmcarafe.CARAFFE  # noqa: B018
+
+
+# fit
+
+
+def test_fit_crops_what_was_halved_from_an_odd_size():
+    x = torch.randn(1, 2, 8, 6)
+    assert torch.equal(fit(x, (7, 6)), x[:, :, :7])
+    assert fit(x, (8, 6)).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize('size', [(6, 6), (9, 6), (8, 11)], ids=str)
+def test_fit_resizes_what_is_not_about_twice_as_large(size):
+    x = torch.randn(1, 2, 8, 6)
+    assert torch.equal(fit(x, size), F.interpolate(x, size, mode='bilinear'))

@@ -1,0 +1,100 @@
+# Each target is a plain sequence of commands that you can also type yourself:
+# `make -n TARGET` prints it. The versions and their reasons are in setup.cfg.
+
+PYTHON ?= python3
+
+# What pip is told to install as torch. A build for another machine is chosen
+# with TORCH='torch==VERSION+BUILD --index-url URL' and stays chosen.
+CHOSEN := $(or $(shell cat .venv/torch 2>/dev/null),torch==2.13.0)
+TORCH ?= $(CHOSEN)
+
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+READY := .venv/ready
+DEMO := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
+
+.PHONY: setup demo test lint
+
+setup: $(READY)
+
+demo: $(READY) data/shapes
+	$(BIN)/python tools/train.py $(DEMO) --work-dir work_dirs/demo
+	$(BIN)/python tools/test.py $(DEMO) \
+		"$$(cat work_dirs/demo/last_checkpoint)" \
+		--work-dir work_dirs/demo --show-dir pictures
+	$(BIN)/python tools/analysis/summarize.py work_dirs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+data/shapes: | $(READY)
+	$(BIN)/python tools/dataset_converters/shapes.py $@
+
+# The set-up runs again when a version changes or another torch is chosen.
+ifneq ($(TORCH),$(CHOSEN))
+.PHONY: $(READY)
+endif
+
+$(READY): setup.cfg Makefile
+	@$(CHECK_MACHINE)
+	@rm -f $@
+	$(PYTHON) -m venv .venv
+	@test '$(TORCH)' = '$(CHOSEN)' || echo '$(TORCH)' >.venv/torch
+	$(PIP) install $(TORCH)
+	$(PIP) install -e '.[mm]'
+	@$(MMCV_IS_BUILT) || $(SAY_HOW_LONG)
+	$(INSTALL_ALL)
+	@$(MMCV_RUNS) || { $(SAY_HOW_LONG); $(PIP) uninstall -y mmcv; \
+		$(INSTALL_ALL) --no-cache-dir && $(MMCV_RUNS); }
+	@touch $@
+
+# One sentence about all that is missing, before anything is downloaded.
+define CHECK_MACHINE
+need() { "$$@" >/dev/null 2>&1 || missing="$$missing $$package"; }; \
+package='python3 python3-venv python3-dev'; need $(PYTHON) -c ''; \
+if test -z "$$missing"; then \
+	package=python3-venv; need $(PYTHON) -c 'import ensurepip'; \
+	package=python3-dev; need $(PYTHON) -c 'import os, sysconfig; \
+		os.stat(sysconfig.get_path("include") + "/Python.h")'; \
+	package=libgl1; need $(PYTHON) -c 'import ctypes; \
+		ctypes.CDLL("libGL.so.1")'; \
+	package=libglib2.0-0; need $(PYTHON) -c 'import ctypes; \
+		ctypes.CDLL("libgthread-2.0.so.0")'; \
+fi; \
+package=g++; need command -v $${CXX:-c++}; \
+test -z "$$missing" || { \
+	echo "Please install what is missing: sudo apt install$$missing"; \
+	exit 1; }; \
+$(PYTHON) -c 'import sys; \
+	sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \
+	echo "Please choose Python 3.10, 3.11 or 3.12 (torch has no wheels for" \
+	"older ones, numpy 1 for newer ones): make setup PYTHON=python3.12"; \
+	exit 1; }
+endef
+
+# mmcv comes as source only. Debug symbols, which Python's own compiler flags
+# ask for, would be 40 % of the time.
+INSTALL_ALL = CFLAGS=-g0 CXXFLAGS=-g0 MMCV_WITH_OPS=1 \
+	$(PIP) install --no-build-isolation -e '.[test]'
+
+# pip keeps the mmcv that it has built, but does not know for which torch: what
+# it takes from its cache may not fit this one, or lack CUDA.
+define MMCV_RUNS
+$(BIN)/python -c 'import torch; from mmcv.ops import nms; \
+	x = torch.rand(4, 4).to("cuda" if torch.cuda.is_available() else "cpu"); \
+	nms(x, x[0], 0.5)'
+endef
+
+define MMCV_IS_BUILT
+{ $(PIP) show -q mmcv || $(PIP) cache list mmcv | grep -q "$$($(PYTHON) -c \
+	'import sys; print("cp%d%d" % sys.version_info[:2])')"; } 2>/dev/null
+endef
+
+define SAY_HOW_LONG
+echo 'mmcv is compiled now: 5 to 25 minutes on 2 cores, in which pip says \
+nothing but "still running".'
+endef

@@ -1,0 +1,146 @@
+"""Loading checkpoints without executing them.
+
+A checkpoint is a pickle, and a pickle may call any function. Once this module
+is imported, every checkpoint that mmengine loads, from a file or a URL, for
+``Runner.resume``, ``load_from``, ``init_cfg`` or inference, is loaded as by
+``torch.load(weights_only=True)``, on every torch. Beyond torch's own list of
+harmless names only those pass that mmengine's runner writes: its histories of
+losses, numpy's numbers and numeric arrays. All else is refused.
+"""
+
+import functools
+import os
+import pickle
+import re
+from _codecs import encode
+from collections import Counter, OrderedDict
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+from mmengine.utils import digit_version
+from torch import _weights_only_unpickler as torch_unpickler
+
+
+def _getattr(owner, name):
+    """What a checkpoint gets as getattr, which it needs for these four."""
+    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError('Unsupported class builtins.getattr')
+
+
+_reconstruct = np.zeros(1).__reduce__()[0]
+_scalar = np.float64().__reduce__()[0]
+ALLOWED = {
+    'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
+    'builtins.getattr': _getattr,
+    'collections.Counter': Counter,
+    # the bytes of an array, and of an empty one
+    '_codecs.encode': encode,
+    'builtins.bytes': bytes,
+    'numpy.dtype': np.dtype,
+    'numpy.ndarray': np.ndarray,
+    # numpy 2 moved these two; files from before and after are around
+    'numpy.core.multiarray._reconstruct': _reconstruct,
+    'numpy._core.multiarray._reconstruct': _reconstruct,
+    'numpy.core.multiarray.scalar': _scalar,
+    'numpy._core.multiarray.scalar': _scalar,
+}
+# No file names the class of a dtype, but it is what gets the dtype's state.
+DTYPES = {
+    f'numpy.dtypes.{code}': type(np.dtype(code))
+    for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'
+}
+
+
+class OldTorchUnpickler(pickle._Unpickler):
+    """torch's weights-only unpickler with our names added, for torch < 2.6.
+
+    There its own takes no names, or none for what numpy has moved. Like its
+    own it looks names up in a list, never in modules, and gives a state to
+    plain data only.
+    """
+
+    dispatch = pickle._Unpickler.dispatch.copy()
+    plain_data = {
+        torch.Tensor,
+        torch.nn.Parameter,
+        OrderedDict,
+        HistoryBuffer,
+        np.ndarray,
+        *DTYPES.values(),
+    }
+
+    def find_class(self, module, name):
+        path = f'{module}.{name}'.replace('__builtin__.', 'builtins.')
+        allowed = {**torch_unpickler._get_allowed_globals(), **ALLOWED}
+        if path not in allowed:
+            raise pickle.UnpicklingError(f'Unsupported class {path}')
+        return allowed[path]
+
+    def load_build(self):
+        if type(self.stack[-2]) not in self.plain_data:
+            raise pickle.UnpicklingError(
+                f'Unsupported class {type(self.stack[-2]).__name__}'
+            )
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+if digit_version(torch.__version__) >= digit_version('2.6'):
+    torch.serialization.add_safe_globals(
+        [(value, path) for path, value in {**ALLOWED, **DTYPES}.items()]
+    )
+else:
+    torch_unpickler.Unpickler = OldTorchUnpickler
+
+
+@contextmanager
+def _weights_only():
+    """Let torch.load read no more than weights, whatever its caller says.
+
+    mmengine does not say it, and torch's loading from URLs says the contrary.
+    """
+    force = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+    before = {
+        name: os.environ.pop(name, None)
+        for name in (force, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
+    }
+    os.environ[force] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({k: v for k, v in before.items() if v is not None})
+
+
+_load_checkpoint = CheckpointLoader.load_checkpoint
+
+
+@functools.wraps(_load_checkpoint)
+def load_checkpoint(filename, *args, **kwargs):
+    try:
+        with _weights_only():
+            return _load_checkpoint(filename, *args, **kwargs)
+    except FileNotFoundError:
+        raise  # names the file itself
+    except Exception as error:
+        raise RuntimeError(
+            f'cannot load the checkpoint {filename}: {_reason(error)}'
+        ) from error
+
+
+def _reason(error):
+    """One line instead of torch's advice to load the file all the same."""
+    refused = re.search(r'(?:GLOBAL|Unsupported class) ([\w.]+)', str(error))
+    if refused:
+        return f'it would run {refused[1]}, and it may only hold data'
+    text = str(error).split('WeightsUnpickler error: ')[-1].strip()
+    text = f'{type(error).__name__} {text}'.splitlines()[0]
+    return f'is it damaged, or no checkpoint? ({text.strip()})'
+
+
+CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)

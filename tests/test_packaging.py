@@ -1,0 +1,140 @@
+"""What leaves the checkout: the wheel, the sdist, and what they install."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = (
+    'LICENSE',
+    'README.md',
+    'configs',
+    'mmcarafe',
+    'model-index.yml',
+    'pyproject.toml',
+    'setup.cfg',
+    'tools',
+)
+PIP = (sys.executable, '-m', 'pip', '--disable-pip-version-check')
+OFFLINE = ('--no-deps', '--no-index', '--no-build-isolation')
+
+# An environment of torch and mmengine only: nobody finds the other packages.
+WITHOUT_HOSTS = """
+from importlib.machinery import PathFinder
+
+def find_spec(name, path=None, target=None, find=PathFinder.find_spec):
+    if name.split('.')[0] not in ('mmcv', 'mmdet', 'mmseg', 'triton'):
+        return find(name, path, target)
+
+PathFinder.find_spec = find_spec
+import torch
+import mmcarafe
+assert mmcarafe.CARAFE(8)(torch.rand(1, 8, 3, 5)).shape == (1, 8, 6, 10)
+print(mmcarafe.__file__, mmcarafe.__version__)
+"""
+
+
+def run(*command, **kwargs):
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, **kwargs
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def mim_files(folder):
+    """The files that `mim` looks for, relative to ``folder``."""
+    files = {'model-index.yml'}
+    for name in ('configs', 'tools'):
+        files |= {
+            path.relative_to(folder).as_posix()
+            for path in (folder / name).rglob('*')
+            if path.is_file() and '__pycache__' not in path.parts
+        }
+    return files
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+    """A copy to build in, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp('checkout')
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope='module')
+def sdist(checkout):
+    build = 'import setuptools.build_meta as b; print(b.build_sdist("dist"))'
+    name = run(sys.executable, '-c', build, cwd=checkout).split()[-1]
+    return checkout / 'dist' / name
+
+
+@pytest.fixture(scope='module')
+def wheel(checkout):
+    run(*PIP, 'wheel', *OFFLINE, '-w', 'dist', '.', cwd=checkout)
+    (wheel,) = (checkout / 'dist').glob('*.whl')
+    return wheel
+
+
+@pytest.fixture(scope='module', params=['wheel', 'sdist'])
+def installed(request, tmp_path_factory):
+    archive = request.getfixturevalue(request.param)
+    target = tmp_path_factory.mktemp(f'from_{request.param}')
+    run(*PIP, 'install', *OFFLINE, '--target', target, archive)
+    return target
+
+
+def test_archive_holds_no_links_and_no_leftovers(sdist, wheel):
+    with tarfile.open(sdist) as archive:
+        assert not [m.name for m in archive if m.issym() or m.islnk()]
+        names = archive.getnames()
+    with zipfile.ZipFile(wheel) as archive:
+        names += archive.namelist()
+    assert not [name for name in names if '__pycache__' in name]
+    assert any(name.endswith('LICENSE') for name in names)
+
+
+def test_configs_and_tools_are_inside(installed):
+    assert mim_files(ROOT) > {'model-index.yml'}
+    assert mim_files(installed / 'mmcarafe' / '.mim') == mim_files(ROOT)
+    for name in mim_files(ROOT):
+        inside = installed / 'mmcarafe' / '.mim' / name
+        assert inside.read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_import_needs_torch_and_mmengine_only(installed, tmp_path):
+    environ = {**os.environ, 'PYTHONPATH': str(installed)}
+    file, version = run(
+        sys.executable, '-c', WITHOUT_HOSTS, cwd=tmp_path, env=environ
+    ).split()
+    assert Path(file).is_relative_to(installed)
+    assert f'mmcarafe-{version}' in str(list(installed.iterdir()))
+
+
+@pytest.mark.parametrize(
+    'variable, package',
+    [('CXX', 'g++'), ('PYTHON', 'python3 python3-venv python3-dev')],
+)
+def test_setup_names_what_is_missing(tmp_path, variable, package):
+    for name in ('Makefile', 'setup.cfg'):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(
+        ['make', 'setup', f'{variable}=/no/such/program'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    advice = f'Please install what is missing: sudo apt install {package}'
+    assert advice in done.stdout.splitlines()
+    assert not (tmp_path / '.venv').exists()

@@ -1,0 +1,124 @@
+"""Test a model: python tools/test.py CONFIG CHECKPOINT [options]."""
+
+import copy
+import os.path as osp
+
+import _cli
+
+
+def parse_args():
+    parser = _cli.make_parser('Test a detector or a segmentor')
+    parser.add_argument('checkpoint', help='file or URL')
+    parser.add_argument(
+        '--out',
+        help='keep the predictions: a .pkl file of detections, or a folder '
+        'for label maps',
+    )
+    parser.add_argument(
+        '--show', action='store_true', help='show each prediction in a window'
+    )
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds for each (--show)'
+    )
+    parser.add_argument(
+        '--show-dir',
+        help='draw the predictions into this folder, in WORK_DIR/TIMESTAMP',
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='merge the predictions for several versions of each image',
+    )
+    return parser.parse_args()
+
+
+def draw(cfg, args):
+    hooks = cfg.get('default_hooks', {})
+    if not hooks.get('visualization'):
+        option = '--show' if args.show else '--show-dir'
+        _cli.fail(f'{option}: config has no default_hooks.visualization')
+    hook = hooks.visualization
+    hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+    if not args.show_dir:
+        return
+    if cfg.default_scope == 'mmdet':
+        hook.test_out_dir = args.show_dir
+    else:
+        # mmseg leaves the folder to the visualizer, which has WORK_DIR/
+        # TIMESTAMP/vis_data, and by default draws one batch in fifty.
+        hook.interval = 1
+        cfg.visualizer.vis_backends = [
+            dict(
+                type='LocalVisBackend',
+                img_save_dir=osp.join('..', args.show_dir),
+            )
+        ]
+
+
+def keep_predictions(cfg, out):
+    if cfg.default_scope == 'mmseg':
+        cfg.test_evaluator.update(output_dir=out, keep_results=True)
+        return
+    if not out.endswith(('.pkl', '.pickle')):
+        _cli.fail(f'--out: expected a .pkl file for detections, got {out}')
+    dump = dict(type='DumpDetResults', out_file_path=out)
+    cfg.test_evaluator = [cfg.test_evaluator, dump]
+
+
+def use_tta(cfg):
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if cfg.default_scope == 'mmdet':
+        nms = dict(type='nms', iou_threshold=0.5)
+        cfg.setdefault(
+            'tta_model',
+            dict(type='DetTTAModel', tta_cfg=dict(nms=nms, max_per_img=100)),
+        )
+        cfg.setdefault('tta_pipeline', flipped(dataset.pipeline))
+    for key in ('tta_model', 'tta_pipeline'):
+        if not cfg.get(key):
+            _cli.fail(f'--tta: config has no {key}')
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+
+
+def flipped(pipeline):
+    """A detector's test pipeline that gives each image as it is and flipped.
+
+    Only the last step, which packs the image, comes after the flip.
+    """
+    pack = copy.deepcopy(pipeline[-1])
+    pack.meta_keys = (
+        *('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+        *('flip', 'flip_direction'),
+    )
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+    both = dict(type='TestTimeAug', transforms=[flips, [pack]])
+    return [*copy.deepcopy(pipeline[:-1]), both]
+
+
+def main():
+    args = parse_args()
+    cfg = _cli.load_config(
+        args, 'model', 'test_dataloader', 'test_cfg', 'test_evaluator'
+    )
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    if args.show or args.show_dir:
+        draw(cfg, args)
+    if args.tta:
+        use_tta(cfg)
+    _cli.check_data(cfg, 'test')
+    if args.out:
+        keep_predictions(cfg, args.out)
+    _cli.check_model(cfg)
+    _cli.check_checkpoint(args.checkpoint)
+
+    runner = _cli.build_runner(cfg)
+    _cli.check_length(lambda: runner.test_loop.dataloader, 'test_dataloader')
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()

@@ -107,7 +107,11 @@ def trained(shapes, tmp_path_factory):
     execute(
         *('python', 'tools/train.py', SHAPES, '--work-dir', work_dir),
         *('--amp', '--auto-scale-lr'),
-        *shapes_options(shapes),
+        *shapes_options(
+            shapes,
+            'auto_scale_lr.base_batch_size=8',
+            'optim_wrapper.clip_grad.max_norm=7',
+        ),
     )
     return work_dir
 
@@ -121,7 +125,7 @@ def test_amp_and_scaled_lr(trained):
 
     config = Config.fromfile(trained / Path(SHAPES).name)
     assert config.optim_wrapper.type == 'CPUAmpOptimWrapper'
-    assert config.optim_wrapper.clip_grad == dict(max_norm=10)
+    assert config.optim_wrapper.clip_grad == dict(max_norm=7)
     saved = torch.load(trained / 'epoch_1.pth', weights_only=False)
     assert {v.dtype for v in saved['state_dict'].values()} <= {
         torch.float32,

@@ -1,5 +1,7 @@
 from importlib.util import find_spec
 
+# So that a checkpoint of these models loads wherever mmengine loads one.
+import mmcarafe.checkpoint  # noqa: F401
 from mmcarafe.models.upsample import CARAFE
 
 __all__ = ['CARAFE']

@@ -5,13 +5,13 @@
 // once per vector width (see setup.py), and cpu.py loads the widest that the
 // machine runs.
 //
-// All three operators work in the same way. A block is BLOCK neighbouring
-// source pixels of one row, the lanes of a vector. Blocks are the outer loop
-// and channels the inner one: the weights of a block, K*K*S*S*BLOCK numbers,
-// stay in the L1 cache while the channels of the group stream past them,
-// CHUNK at a time, through small buffers. Only the copies to and from these
-// buffers know of dtypes, memory formats and borders; the arithmetic between
-// them sees dense rows with zeros around the map.
+// All three operators work in the same way. A block is ROWS by COLUMNS source
+// pixels; neighbouring columns are the lanes of a vector. Blocks are the outer
+// loop and channels the inner one: the weights of a block, K*K*S*S for each of
+// its pixels, stay in the cache while the channels of the group stream past
+// them, CHUNK at a time, through small buffers. Only the copies to and from
+// these buffers know of dtypes, memory formats and borders; the arithmetic
+// between them sees dense rows with zeros around the map.
 //
 // A block writes outputs that no other block writes, and adds up everything
 // for them in one fixed order. Hence results do not depend on the threads.
@@ -50,7 +50,8 @@ constexpr int SUMS = 16;
 constexpr int SUMS = 8;
 #endif
 
-constexpr int BLOCK = 16;
+constexpr int ROWS = 2;
+constexpr int COLUMNS = 16;
 constexpr int CHUNK = 16;
 
 enum Normalizer { NONE, SOFTMAX, SIGMOID_NORMALIZED, SIGMOID };
@@ -272,7 +273,8 @@ void read(A *to, int64_t pitch, const T *from, int64_t rows, int64_t count,
 
 // to[r * row + c * column] = from[r * pitch + c] for 0 <= c < count
 template <class T, class A>
-void write(T *to, int64_t row, int64_t column, const A *from, int64_t pitch,
+__attribute__((noinline)) void
+write(T *to, int64_t row, int64_t column, const A *from, int64_t pitch,
            int64_t rows, int64_t count) {
   constexpr int L = LANES<A>;
   int64_t r = 0;
@@ -310,7 +312,8 @@ void write(T *to, int64_t row, int64_t column, const A *from, int64_t pitch,
 // As read(), of columns first to first + count of a map with limit columns:
 // those outside it are zero.
 template <class T, class A>
-void read_padded(A *to, int64_t pitch, const T *from, int64_t rows,
+__attribute__((noinline)) void
+read_padded(A *to, int64_t pitch, const T *from, int64_t rows,
                  int64_t count, int64_t row, int64_t column, int64_t first,
                  int64_t limit) {
   const int64_t begin = std::clamp<int64_t>(-first, 0, count);
@@ -341,13 +344,13 @@ template <int MODE, class V> inline V rise(V logit, V top) {
   return exp_nonpositive((logit < zero ? logit : zero) - top) / (1 + tail);
 }
 
-// Weights [K*K, S*S, BLOCK] of logits, and, where they depend on a sum over
-// the taps, the two numbers above, each [S*S, BLOCK].
+// Weights [K*K, S*S, COLUMNS] of logits, and, where they depend on a sum over
+// the taps, the two numbers above, each [S*S, COLUMNS].
 template <int MODE, class A>
 void normalize_mode(const A *logits, A *weights, A *tops, A *scales,
                     int64_t taps, int64_t subpixels) {
   typedef Vector<A> V;
-  const int64_t size = subpixels * BLOCK;  // of one tap
+  const int64_t size = subpixels * COLUMNS;  // of one tap
   for (int64_t at = 0; at < size; at += LANES<A>) {
     V top{}, sum{};
     if (MODE == SOFTMAX || MODE == SIGMOID_NORMALIZED) {
@@ -373,7 +376,7 @@ void normalize_mode(const A *logits, A *weights, A *tops, A *scales,
   }
 }
 
-// Weights [taps, S*S, BLOCK], from the two numbers for every one of them.
+// Weights [taps, S*S, COLUMNS], from the two numbers for every one of them.
 template <int MODE, class A>
 void reweigh_mode(A *logits, const A *tops, const A *scales, int64_t count) {
   for (int64_t at = 0; at < count; at += LANES<A>)
@@ -386,7 +389,7 @@ template <int MODE, class A>
 void normalize_backward_mode(const A *logits, const A *weights, A *grad,
                              int64_t taps, int64_t subpixels) {
   typedef Vector<A> V;
-  const int64_t size = subpixels * BLOCK;
+  const int64_t size = subpixels * COLUMNS;
   for (int64_t at = 0; at < size; at += LANES<A>) {
     V dot{};
     if (MODE != SIGMOID)
@@ -404,13 +407,15 @@ void normalize_backward_mode(const A *logits, const A *weights, A *grad,
 }
 
 // ---------------------------------------------------------------------------
-// Arithmetic on one block. A template argument of 0 stands for "at run time".
+// Arithmetic on one row of a block. Pitches are distances in buffers. A
+// template argument of 0 stands for "at run time".
 
 // y[c, p] = sum over k of x[c, k] * w[k, p], for P subpixels p
 template <int KERNEL, int P, class A>
-inline void reassemble_tile(const A *x, int64_t pitch, const A *w, A *y,
-                            int64_t kernel, int64_t subpixels,
-                            int64_t channels, int64_t columns) {
+inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
+                            const A *w, A *y, int64_t kernel,
+                            int64_t subpixels, int64_t channels,
+                            int64_t columns) {
   constexpr int CHANNELS = SUMS / P;
   const int64_t K = KERNEL ? KERNEL : kernel;
   for (int64_t c = 0; c < channels; c += CHANNELS)
@@ -420,37 +425,41 @@ inline void reassemble_tile(const A *x, int64_t pitch, const A *w, A *y,
         for (int64_t kx = 0; kx < K; ++kx) {
           Vector<A> value[CHANNELS];
           for (int i = 0; i < CHANNELS; ++i)
-            value[i] = load(x + ((c + i) * K + ky) * pitch + kx + v);
+            value[i] = load(x + (c + i) * x_pitch + ky * pitch + kx + v);
           for (int p = 0; p < P; ++p) {
             const Vector<A> weight =
-                load(w + ((ky * K + kx) * subpixels + p) * BLOCK + v);
+                load(w + ((ky * K + kx) * subpixels + p) * COLUMNS + v);
             for (int i = 0; i < CHANNELS; ++i)
               sum[i][p] += value[i] * weight;
           }
         }
       for (int i = 0; i < CHANNELS; ++i)
         for (int p = 0; p < P; ++p)
-          store(y + ((c + i) * subpixels + p) * BLOCK + v, sum[i][p]);
+          store(y + ((c + i) * subpixels + p) * COLUMNS + v, sum[i][p]);
     }
 }
 
-// x [CHUNK, K, pitch], w [K*K, S*S, BLOCK] -> y [CHUNK, S*S, BLOCK]
+// x [CHUNK, K, pitch], w [K*K, S*S, COLUMNS] -> y [CHUNK, S*S, COLUMNS]
 template <int KERNEL, class A>
-void reassemble(const A *x, int64_t pitch, const A *w, A *y, int64_t kernel,
-                int64_t subpixels, int64_t channels, int64_t columns) {
+void reassemble(const A *x, int64_t x_pitch, int64_t pitch, const A *w, A *y,
+                int64_t kernel, int64_t subpixels, int64_t channels,
+                int64_t columns) {
   int64_t p = 0;
   for (; p + 4 <= subpixels; p += 4)
-    reassemble_tile<KERNEL, 4>(x, pitch, w + p * BLOCK, y + p * BLOCK, kernel,
-                               subpixels, channels, columns);
+    reassemble_tile<KERNEL, 4>(x, x_pitch, pitch, w + p * COLUMNS,
+                               y + p * COLUMNS, kernel, subpixels, channels,
+                               columns);
   for (; p < subpixels; ++p)
-    reassemble_tile<KERNEL, 1>(x, pitch, w + p * BLOCK, y + p * BLOCK, kernel,
-                               subpixels, channels, columns);
+    reassemble_tile<KERNEL, 1>(x, x_pitch, pitch, w + p * COLUMNS,
+                               y + p * COLUMNS, kernel, subpixels, channels,
+                               columns);
 }
 
-// g [CHUNK, K, S*S, pitch], w [K*K, S*S, BLOCK] -> x [CHUNK, BLOCK]
+// g [CHUNK, K, S*S, pitch], w [K*K, S*S, COLUMNS] -> x [CHUNK, COLUMNS]
 template <int KERNEL, int SUBPIXELS, class A>
-void gather(const A *g, int64_t pitch, const A *w, A *x, int64_t kernel,
-            int64_t subpixels, int64_t channels, int64_t columns) {
+void gather(const A *g, int64_t g_pitch, int64_t pitch, const A *w, A *x,
+            int64_t kernel, int64_t subpixels, int64_t channels,
+            int64_t columns) {
   const int64_t K = KERNEL ? KERNEL : kernel;
   const int64_t P = SUBPIXELS ? SUBPIXELS : subpixels;
   for (int64_t c = 0; c < channels; c += SUMS)
@@ -460,13 +469,13 @@ void gather(const A *g, int64_t pitch, const A *w, A *x, int64_t kernel,
         for (int64_t p = 0; p < P; ++p)
           for (int64_t kx = 0; kx < K; ++kx) {
             const Vector<A> weight =
-                load(w + ((ky * K + kx) * P + p) * BLOCK + v);
+                load(w + ((ky * K + kx) * P + p) * COLUMNS + v);
             for (int i = 0; i < SUMS; ++i)
-              sum[i] += weight * load(g + (((c + i) * K + ky) * P + p) * pitch +
-                                      kx + v);
+              sum[i] += weight * load(g + (c + i) * g_pitch +
+                                      (ky * P + p) * pitch + kx + v);
           }
       for (int i = 0; i < SUMS; ++i)
-        store(x + (c + i) * BLOCK + v, sum[i]);
+        store(x + (c + i) * COLUMNS + v, sum[i]);
     }
 }
 
@@ -480,11 +489,11 @@ inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
     Vector<A> sum[TAPS][P];
     for (int t = 0; t < TAPS; ++t)
       for (int p = 0; p < P; ++p)
-        sum[t][p] = load(w + (t * subpixels + p) * BLOCK + v);
+        sum[t][p] = load(w + (t * subpixels + p) * COLUMNS + v);
     for (int64_t c = 0; c < channels; ++c) {
       Vector<A> grad[P];
       for (int p = 0; p < P; ++p)
-        grad[p] = load(g + c * g_pitch + p * BLOCK + v);
+        grad[p] = load(g + c * g_pitch + p * COLUMNS + v);
       for (int t = 0; t < TAPS; ++t) {
         const Vector<A> value = load(x + c * x_pitch + t + v);
         for (int p = 0; p < P; ++p)
@@ -493,29 +502,31 @@ inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
     }
     for (int t = 0; t < TAPS; ++t)
       for (int p = 0; p < P; ++p)
-        store(w + (t * subpixels + p) * BLOCK + v, sum[t][p]);
+        store(w + (t * subpixels + p) * COLUMNS + v, sum[t][p]);
   }
 }
 
-// x [CHUNK, K, pitch], g [CHUNK, S*S, BLOCK] -> added to w [K*K, S*S, BLOCK]
+// x [CHUNK, K, pitch], g [CHUNK, S*S, COLUMNS]
+// -> added to w [K*K, S*S, COLUMNS]
 template <int KERNEL, class A>
-void correlate(const A *x, int64_t pitch, const A *g, A *w, int64_t kernel,
-               int64_t subpixels, int64_t channels, int64_t columns) {
+void correlate(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
+               int64_t g_pitch, A *w, int64_t kernel, int64_t subpixels,
+               int64_t channels, int64_t columns) {
   constexpr int TAPS = KERNEL ? KERNEL : 1, P = SUMS / 4;
   const int64_t K = KERNEL ? KERNEL : kernel;
   for (int64_t ky = 0; ky < K; ++ky)
     for (int64_t kx = 0; kx < K; kx += TAPS) {
       const A *x_k = x + ky * pitch + kx;
-      A *w_k = w + (ky * K + kx) * subpixels * BLOCK;
+      A *w_k = w + (ky * K + kx) * subpixels * COLUMNS;
       int64_t p = 0;
       for (; p + P <= subpixels; p += P)
-        correlate_tile<TAPS, P>(x_k, K * pitch, g + p * BLOCK,
-                                subpixels * BLOCK, w_k + p * BLOCK, subpixels,
-                                channels, columns);
+        correlate_tile<TAPS, P>(x_k, x_pitch, g + p * COLUMNS, g_pitch,
+                                w_k + p * COLUMNS, subpixels, channels,
+                                columns);
       for (; p < subpixels; ++p)
-        correlate_tile<TAPS, 1>(x_k, K * pitch, g + p * BLOCK,
-                                subpixels * BLOCK, w_k + p * BLOCK, subpixels,
-                                channels, columns);
+        correlate_tile<TAPS, 1>(x_k, x_pitch, g + p * COLUMNS, g_pitch,
+                                w_k + p * COLUMNS, subpixels, channels,
+                                columns);
     }
 }
 
@@ -534,81 +545,91 @@ public:
   operator A *() { return reinterpret_cast<A *>(lines_.data()); }
 };
 
-template <class T> class Block {
-protected:
+// Copies between a block and buffers that hold it, CHUNK channels from c on.
+template <class T> struct Block {
   typedef Accumulator<T> A;
 
   const Arguments &a;
-  const int64_t K, S, radius, taps, subpixels, group_channels, pitch;
-  int64_t n, g, h, w, columns;  // where the block is, and its true width
+  const int64_t K, S, radius, taps, subpixels, group_channels;
+  const int64_t lines;         // of source pixels that a block reads
+  const int64_t pitch;         // from line to line
+  const int64_t weights_size;  // of one row
+  int64_t n, g, h, w, rows, columns;  // where the block is, and its extent
 
-public:
   explicit Block(const Arguments &arguments)
       : a(arguments), K(a.K), S(a.S), radius(K / 2), taps(K * K),
-        subpixels(S * S), group_channels(a.C / a.G),
-        pitch((BLOCK + K - 1 + 7) / 8 * 8) {}
+        subpixels(S * S), group_channels(a.C / a.G), lines(K + ROWS - 1),
+        pitch((COLUMNS + K - 1 + 7) / 8 * 8),
+        weights_size(taps * subpixels * COLUMNS) {}
 
+  static int64_t down(const Arguments &a) { return (a.H + ROWS - 1) / ROWS; }
+  static int64_t across(const Arguments &a) {
+    return (a.W + COLUMNS - 1) / COLUMNS;
+  }
   static int64_t count(const Arguments &a) {
-    return a.N * a.G * a.H * ((a.W + BLOCK - 1) / BLOCK);
+    return a.N * a.G * down(a) * across(a);
   }
 
-protected:
   void seek(int64_t item) {
-    const int64_t across = (a.W + BLOCK - 1) / BLOCK;
-    w = item % across * BLOCK;
-    columns = std::min<int64_t>(BLOCK, a.W - w);
-    item /= across;
-    h = item % a.H;
-    item /= a.H;
+    w = item % across(a) * COLUMNS;
+    item /= across(a);
+    h = item % down(a) * ROWS;
+    item /= down(a);
     g = item % a.G;
     n = item / a.G;
+    rows = std::min<int64_t>(ROWS, a.H - h);
+    columns = std::min<int64_t>(COLUMNS, a.W - w);
   }
 
-  // low, K rows around the block -> [CHUNK, K, pitch]
+  // low, with K/2 pixels around the block -> [CHUNK, lines, pitch]
   void read_low(A *to, int64_t c, int64_t channels) const {
     const int64_t *strides = a.low_strides;
     const T *from = static_cast<const T *>(a.low) + n * strides[0] +
                     (g * group_channels + c) * strides[1];
-    for (int64_t r = 0; r < K; ++r) {
-      const int64_t y = h - radius + r, width = columns + K - 1;
+    for (int64_t r = 0; r < rows + K - 1; ++r) {
+      const int64_t y = h - radius + r;
       const bool inside = y >= 0 && y < a.H;
-      read_padded(to + r * pitch, K * pitch, from + (inside ? y : 0) * strides[2],
-                  channels, width, strides[1], strides[3], w - radius,
+      read_padded(to + r * pitch, lines * pitch,
+                  from + (inside ? y : 0) * strides[2], channels,
+                  columns + K - 1, strides[1], strides[3], w - radius,
                   inside ? a.W : 0);
     }
   }
 
-  // [CHUNK, BLOCK] -> low
+  // [ROWS, CHUNK, COLUMNS] -> low
   void write_low(const A *from, int64_t c, int64_t channels) const {
     const int64_t *strides = a.low_strides;
-    write(static_cast<T *>(a.low) + n * strides[0] +
-              (g * group_channels + c) * strides[1] + h * strides[2] +
-              w * strides[3],
-          strides[1], strides[3], from, BLOCK, channels, columns);
+    for (int64_t r = 0; r < rows; ++r)
+      write(static_cast<T *>(a.low) + n * strides[0] +
+                (g * group_channels + c) * strides[1] + (h + r) * strides[2] +
+                w * strides[3],
+            strides[1], strides[3], from + r * CHUNK * COLUMNS, COLUMNS,
+            channels, columns);
   }
 
-  // high, rows and columns up to margin around the block
-  // -> [CHUNK, 2 * margin + 1, S*S, pitch]
-  void read_high(A *to, int64_t pitch, int64_t margin, int64_t c,
+  // high, with margin source pixels around the block
+  // -> [CHUNK, ROWS + 2 * margin, S*S, to_pitch]
+  void read_high(A *to, int64_t to_pitch, int64_t margin, int64_t c,
                  int64_t channels) const {
     const int64_t *strides = a.high_strides;
     const T *from = static_cast<const T *>(a.high) + n * strides[0] +
                     (g * group_channels + c) * strides[1];
-    const int64_t rows = 2 * margin + 1, width = columns + 2 * margin;
-    for (int64_t r = 0; r < rows; ++r) {
+    const int64_t channel = (ROWS + 2 * margin) * subpixels * to_pitch;
+    const int64_t width = columns + 2 * margin;
+    for (int64_t r = 0; r < rows + 2 * margin; ++r) {
       const int64_t y = h - margin + r;
       const bool inside = y >= 0 && y < a.H;
       for (int64_t i = 0; i < S; ++i) {
-        A *to_row = to + (r * S + i) * S * pitch;
+        A *to_row = to + (r * S + i) * S * to_pitch;
         const T *from_row = from + (inside ? S * y + i : 0) * strides[2];
         if (strides[3] == 1)
           for (int64_t j = 0; j < channels; ++j)
-            read_padded(to_row + j * rows * subpixels * pitch, pitch,
-                        from_row + j * strides[1], S, width, strides[3],
-                        S * strides[3], w - margin, inside ? a.W : 0);
+            read_padded(to_row + j * channel, to_pitch,
+                        from_row + j * strides[1], S, width, 1, S, w - margin,
+                        inside ? a.W : 0);
         else
           for (int64_t j = 0; j < S; ++j)
-            read_padded(to_row + j * pitch, rows * subpixels * pitch,
+            read_padded(to_row + j * to_pitch, channel,
                         from_row + j * strides[3], channels, width,
                         strides[1], S * strides[3], w - margin,
                         inside ? a.W : 0);
@@ -616,87 +637,81 @@ protected:
     }
   }
 
-  // [CHUNK, S*S, BLOCK] -> high
+  // [ROWS, CHUNK, S*S, COLUMNS] -> high
   void write_high(const A *from, int64_t c, int64_t channels) const {
     const int64_t *strides = a.high_strides;
     T *to = static_cast<T *>(a.high) + n * strides[0] +
-            (g * group_channels + c) * strides[1] + S * h * strides[2] +
-            S * w * strides[3];
-    for (int64_t i = 0; i < S; ++i)
-      if (strides[3] == 1)
-        for (int64_t j = 0; j < channels; ++j)
-          write(to + j * strides[1] + i * strides[2], strides[3],
-                S * strides[3], from + (j * S + i) * S * BLOCK, BLOCK, S,
-                columns);
-      else
-        for (int64_t j = 0; j < S; ++j)
-          write(to + i * strides[2] + j * strides[3], strides[1],
-                S * strides[3], from + (i * S + j) * BLOCK, subpixels * BLOCK,
-                channels, columns);
+            (g * group_channels + c) * strides[1] + S * w * strides[3];
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < S; ++i) {
+        T *to_row = to + (S * (h + r) + i) * strides[2];
+        const A *from_row = from + (r * CHUNK * S + i) * S * COLUMNS;
+        if (strides[3] == 1)
+          for (int64_t j = 0; j < channels; ++j)
+            write(to_row + j * strides[1], 1, S,
+                  from_row + j * subpixels * COLUMNS, COLUMNS, S, columns);
+        else
+          for (int64_t j = 0; j < S; ++j)
+            write(to_row + j * strides[3], strides[1], S * strides[3],
+                  from_row + j * COLUMNS, subpixels * COLUMNS, channels,
+                  columns);
+      }
   }
 
-  // The weights of the pixels of the block -> [K*K, S*S, BLOCK]
-  void read_weights(A *to) const {
+  // The weights, or logits, of row r -> [K*K, S*S, COLUMNS]
+  void read_weights(A *to, int64_t r) const {
     for (int64_t k = 0; k < taps; ++k)
-      read_weights_of(to, k, h, w);
+      read_tap(to + k * subpixels * COLUMNS, k, h + r, w);
   }
 
-  // The weights of tap k of the pixels (y, x), (y, x + 1), ... -> [S*S, BLOCK]
-  void read_weights_of(A *to, int64_t k, int64_t y, int64_t x) const {
+  // Those of tap k for the pixels (y, x), (y, x + 1), ... -> [S*S, COLUMNS]
+  void read_tap(A *to, int64_t k, int64_t y, int64_t x) const {
     const int64_t *strides = a.weights_strides;
     const bool inside = y >= 0 && y < a.H;
     for (int64_t i = 0; i < S; ++i)
-      read_padded(to + (k * S + i) * S * BLOCK, BLOCK,
+      read_padded(to + i * S * COLUMNS, COLUMNS,
                   static_cast<const T *>(a.weights) + n * strides[0] +
                       g * strides[1] + k * strides[2] + i * strides[3] +
                       (inside ? y : 0) * strides[5],
-                  S, BLOCK, strides[4], strides[6], x, inside ? a.W : 0);
+                  S, COLUMNS, strides[4], strides[6], x, inside ? a.W : 0);
   }
 
-  // [K*K, S*S, BLOCK] -> gradient of the weights
-  void write_grad_weights(const A *from) const {
+  // [K*K, S*S, COLUMNS] -> the gradient of the weights of row r
+  void write_grad_weights(const A *from, int64_t r) const {
     const int64_t *strides = a.grad_weights_strides;
     for (int64_t k = 0; k < taps; ++k)
       for (int64_t i = 0; i < S; ++i)
         write(static_cast<T *>(a.grad_weights) + n * strides[0] +
                   g * strides[1] + k * strides[2] + i * strides[3] +
-                  h * strides[5] + w * strides[6],
-              strides[4], strides[6], from + (k * S + i) * S * BLOCK, BLOCK, S,
-              columns);
+                  (h + r) * strides[5] + w * strides[6],
+              strides[4], strides[6], from + (k * S + i) * S * COLUMNS,
+              COLUMNS, S, columns);
   }
 
-  // Taps that read outside the map count as zero, whatever their weight:
-  // it may be infinite, or nan.
-  void clear_outside(A *weights) const {
-    if (h >= radius && h + radius < a.H && w >= radius &&
+  // Taps of row r that read outside the map count as zero, whatever their
+  // weight: it may be infinite, or nan.
+  void clear_outside(A *weights, int64_t r) const {
+    const int64_t y = h + r;
+    if (y >= radius && y + radius < a.H && w >= radius &&
         w + columns + radius <= a.W)
       return;
-    for (int64_t k = 0; k < taps; ++k) {
-      const int64_t y = h + k / K - radius;
-      for (int64_t c = 0; c < BLOCK; ++c) {
-        const int64_t x = w + c + k % K - radius;
-        if (y < 0 || y >= a.H || x < 0 || x >= a.W)
+    for (int64_t k = 0; k < taps; ++k)
+      for (int64_t i = 0; i < COLUMNS; ++i) {
+        const int64_t tap_y = y + k / K - radius;
+        const int64_t tap_x = w + i + k % K - radius;
+        if (tap_y < 0 || tap_y >= a.H || tap_x < 0 || tap_x >= a.W)
           for (int64_t p = 0; p < subpixels; ++p)
-            weights[(k * subpixels + p) * BLOCK + c] = 0;
+            weights[(k * subpixels + p) * COLUMNS + i] = 0;
       }
-    }
   }
 
   void normalize(const A *logits, A *weights, A *tops, A *scales) const {
-    switch (a.normalizer) {
-    case SOFTMAX:
-      return normalize_mode<SOFTMAX>(logits, weights, tops, scales, taps,
-                                     subpixels);
-    case SIGMOID_NORMALIZED:
-      return normalize_mode<SIGMOID_NORMALIZED>(logits, weights, tops, scales,
-                                                taps, subpixels);
-    case SIGMOID:
-      return normalize_mode<SIGMOID>(logits, weights, tops, scales, taps,
-                                     subpixels);
-    default:
-      return normalize_mode<NONE>(logits, weights, tops, scales, taps,
-                                  subpixels);
-    }
+    const auto function =
+        a.normalizer == SOFTMAX              ? normalize_mode<SOFTMAX, A>
+        : a.normalizer == SIGMOID_NORMALIZED ? normalize_mode<SIGMOID_NORMALIZED, A>
+        : a.normalizer == SIGMOID            ? normalize_mode<SIGMOID, A>
+                                             : normalize_mode<NONE, A>;
+    function(logits, weights, tops, scales, taps, subpixels);
   }
 
   template <class Body> void for_chunks(Body body) const {
@@ -705,192 +720,190 @@ protected:
   }
 };
 
-template <class T> class Forward : Block<T> {
+template <class T> class Forward {
   typedef Accumulator<T> A;
+  Block<T> at;
   Buffer<A> x, weights, y, tops, scales;
 
 public:
   explicit Forward(const Arguments &a)
-      : Block<T>(a), x(CHUNK * this->K * this->pitch),
-        weights(this->taps * this->subpixels * BLOCK),
-        y(CHUNK * this->subpixels * BLOCK), tops(this->subpixels * BLOCK),
-        scales(this->subpixels * BLOCK) {}
-
-  using Block<T>::count;
+      : at(a), x(CHUNK * at.lines * at.pitch), weights(ROWS * at.weights_size),
+        y(ROWS * CHUNK * at.subpixels * COLUMNS),
+        tops(at.subpixels * COLUMNS), scales(at.subpixels * COLUMNS) {}
 
   void operator()(int64_t item) {
-    this->seek(item);
-    this->read_weights(weights);
-    this->normalize(weights, weights, tops, scales);
-    this->clear_outside(weights);
-    this->for_chunks([&](int64_t c, int64_t channels) {
-      this->read_low(x, c, channels);
-      const auto function = this->K == 5   ? reassemble<5, A>
-                            : this->K == 3 ? reassemble<3, A>
-                                           : reassemble<0, A>;
-      function(x, this->pitch, weights, y, this->K, this->subpixels, channels,
-               this->columns);
-      this->write_high(y, c, channels);
+    at.seek(item);
+    for (int64_t r = 0; r < at.rows; ++r) {
+      A *weights_r = weights + r * at.weights_size;
+      at.read_weights(weights_r, r);
+      at.normalize(weights_r, weights_r, tops, scales);
+      at.clear_outside(weights_r, r);
+    }
+    const auto function = at.K == 5   ? reassemble<5, A>
+                          : at.K == 3 ? reassemble<3, A>
+                                      : reassemble<0, A>;
+    at.for_chunks([&](int64_t c, int64_t channels) {
+      at.read_low(x, c, channels);
+      for (int64_t r = 0; r < at.rows; ++r)
+        function(x + r * at.pitch, at.lines * at.pitch, at.pitch,
+                 weights + r * at.weights_size,
+                 y + r * CHUNK * at.subpixels * COLUMNS, at.K, at.subpixels,
+                 channels, at.columns);
+      at.write_high(y, c, channels);
     });
   }
 };
 
 // What the weights of a source pixel need beyond their own logits, so that
 // GradFeatures can compute any of them alone: tops and scales.
-template <class T> class Statistics : Block<T> {
+template <class T> class Statistics {
   typedef Accumulator<T> A;
+  Block<T> at;
   Buffer<A> logits, weights, tops, scales;
 
 public:
   explicit Statistics(const Arguments &a)
-      : Block<T>(a), logits(this->taps * this->subpixels * BLOCK),
-        weights(this->taps * this->subpixels * BLOCK),
-        tops(this->subpixels * BLOCK), scales(this->subpixels * BLOCK) {}
-
-  using Block<T>::count;
+      : at(a), logits(at.weights_size), weights(at.weights_size),
+        tops(at.subpixels * COLUMNS), scales(at.subpixels * COLUMNS) {}
 
   void operator()(int64_t item) {
-    this->seek(item);
-    this->read_weights(logits);
-    this->normalize(logits, weights, tops, scales);
-    const auto &a = this->a;
-    const int64_t size = a.H * a.W, half = a.N * a.G * this->subpixels * size;
-    A *to = static_cast<A *>(a.statistics) +
-            (this->n * a.G + this->g) * this->subpixels * size +
-            this->h * a.W + this->w;
-    write(to, size, 1, (const A *)tops, BLOCK, this->subpixels,
-          this->columns);
-    write(to + half, size, 1, (const A *)scales, BLOCK, this->subpixels,
-          this->columns);
-  }
-};
-
-// A source pixel takes part in the windows of K*K source pixels: pixel
-// (h + r - radius, w + s - radius) reads it with the tap opposite to (r, s).
-template <class T> class GradFeatures : Block<T> {
-  typedef Accumulator<T> A;
-  Buffer<A> grad, weights, opposite, x, tops, scales;
-
-public:
-  explicit GradFeatures(const Arguments &a)
-      : Block<T>(a), grad(CHUNK * this->K * this->subpixels * this->pitch),
-        weights(this->taps * this->subpixels * BLOCK),
-        opposite(this->taps * this->subpixels * BLOCK), x(CHUNK * BLOCK),
-        tops(this->taps * this->subpixels * BLOCK),
-        scales(this->taps * this->subpixels * BLOCK) {}
-
-  using Block<T>::count;
-
-  void operator()(int64_t item) {
-    this->seek(item);
-    read_opposite_weights();
-    this->for_chunks([&](int64_t c, int64_t channels) {
-      this->read_high(grad, this->pitch, this->radius, c, channels);
-      const auto function =
-          this->S != 2   ? gather<0, 0, A>
-          : this->K == 5 ? gather<5, 4, A>
-          : this->K == 3 ? gather<3, 4, A>
-                         : gather<0, 0, A>;
-      function(grad, this->pitch, opposite, x, this->K, this->subpixels,
-               channels, this->columns);
-      this->write_low(x, c, channels);
-    });
-  }
-
-private:
-  void read_opposite_weights() {
-    const int64_t size = this->subpixels * BLOCK;
-    for (int64_t k = 0; k < this->taps; ++k)
-      this->read_weights_of(weights, k, this->h + this->radius - k / this->K,
-                            this->w + this->radius - k % this->K);
-    const int64_t mode = this->a.normalizer;
-    if (mode == SOFTMAX || mode == SIGMOID_NORMALIZED)
-      read_statistics();
-    const int64_t count = this->taps * size;
-    if (mode == SOFTMAX)
-      reweigh_mode<SOFTMAX, A>(weights, tops, scales, count);
-    else if (mode == SIGMOID_NORMALIZED)
-      reweigh_mode<SIGMOID_NORMALIZED, A>(weights, tops, scales, count);
-    else
-      this->normalize(weights, weights, tops, scales);
-    for (int64_t k = 0; k < this->taps; ++k)
-      std::copy(weights + k * size, weights + (k + 1) * size,
-                opposite + (this->taps - 1 - k) * size);
-  }
-
-  void read_statistics() {
-    const auto &a = this->a;
-    const int64_t size = a.H * a.W, half = a.N * a.G * this->subpixels * size;
-    const A *from = static_cast<const A *>(a.statistics) +
-                    (this->n * a.G + this->g) * this->subpixels * size;
-    for (int64_t k = 0; k < this->taps; ++k) {
-      const int64_t y = this->h + this->radius - k / this->K;
-      const int64_t x = this->w + this->radius - k % this->K;
-      const bool inside = y >= 0 && y < a.H;
-      const A *from_row = from + (inside ? y : 0) * a.W;
-      A *to = tops + k * this->subpixels * BLOCK;
-      read_padded(to, BLOCK, from_row, this->subpixels, BLOCK, size, 1, x,
-                  inside ? a.W : 0);
-      to = scales + k * this->subpixels * BLOCK;
-      read_padded(to, BLOCK, from_row + half, this->subpixels, BLOCK, size, 1,
-                  x, inside ? a.W : 0);
+    at.seek(item);
+    const Arguments &a = at.a;
+    const int64_t size = a.H * a.W, half = a.N * a.G * at.subpixels * size;
+    for (int64_t r = 0; r < at.rows; ++r) {
+      at.read_weights(logits, r);
+      at.normalize(logits, weights, tops, scales);
+      A *to = static_cast<A *>(a.statistics) +
+              (at.n * a.G + at.g) * at.subpixels * size +
+              (at.h + r) * a.W + at.w;
+      write<A, A>(to, size, 1, tops, COLUMNS, at.subpixels, at.columns);
+      write<A, A>(to + half, size, 1, scales, COLUMNS, at.subpixels,
+                  at.columns);
     }
   }
 };
 
-template <class T> class GradWeights : Block<T> {
+// A source pixel takes part in the windows of K*K source pixels: the pixel at
+// distance (y, x) reads it with the tap at distance (-y, -x) from its centre.
+template <class T> class GradFeatures {
   typedef Accumulator<T> A;
-  Buffer<A> x, high, logits, weights, grad, tops, scales;
+  Block<T> at;
+  Buffer<A> grad, weights, x, tops, scales;
 
 public:
-  explicit GradWeights(const Arguments &a)
-      : Block<T>(a), x(CHUNK * this->K * this->pitch),
-        high(CHUNK * this->subpixels * BLOCK),
-        logits(this->taps * this->subpixels * BLOCK),
-        weights(this->taps * this->subpixels * BLOCK),
-        grad(this->taps * this->subpixels * BLOCK),
-        tops(this->subpixels * BLOCK), scales(this->subpixels * BLOCK) {}
-
-  using Block<T>::count;
+  explicit GradFeatures(const Arguments &a)
+      : at(a), grad(CHUNK * at.lines * at.subpixels * at.pitch),
+        weights(ROWS * at.weights_size), x(ROWS * CHUNK * COLUMNS),
+        tops(at.weights_size), scales(at.weights_size) {}
 
   void operator()(int64_t item) {
-    this->seek(item);
-    const int64_t size = this->taps * this->subpixels * BLOCK;
-    std::fill(grad + 0, grad + size, A(0));
-    this->for_chunks([&](int64_t c, int64_t channels) {
-      this->read_low(x, c, channels);
-      this->read_high(high, BLOCK, 0, c, channels);
-      const auto function = this->K == 5   ? correlate<5, A>
-                            : this->K == 3 ? correlate<3, A>
-                                           : correlate<0, A>;
-      function(x, this->pitch, high, grad, this->K, this->subpixels, channels,
-               this->columns);
+    at.seek(item);
+    for (int64_t r = 0; r < at.rows; ++r)
+      read_opposite_weights(weights + r * at.weights_size, r);
+    const auto function = at.S != 2   ? gather<0, 0, A>
+                          : at.K == 5 ? gather<5, 4, A>
+                          : at.K == 3 ? gather<3, 4, A>
+                                      : gather<0, 0, A>;
+    at.for_chunks([&](int64_t c, int64_t channels) {
+      at.read_high(grad, at.pitch, at.radius, c, channels);
+      for (int64_t r = 0; r < at.rows; ++r)
+        function(grad + r * at.subpixels * at.pitch,
+                 at.lines * at.subpixels * at.pitch, at.pitch,
+                 weights + r * at.weights_size, x + r * CHUNK * COLUMNS, at.K,
+                 at.subpixels, channels, at.columns);
+      at.write_low(x, c, channels);
     });
-    this->clear_outside(grad);
-    normalize_backward();
-    this->write_grad_weights(grad);
   }
 
 private:
-  void normalize_backward() {
-    const int64_t mode = this->a.normalizer;
+  // By the distance of the pixel they belong to -> [K*K, S*S, COLUMNS]
+  void read_opposite_weights(A *to, int64_t r) {
+    const int64_t mode = at.a.normalizer, size = at.subpixels * COLUMNS;
+    const bool sums = mode == SOFTMAX || mode == SIGMOID_NORMALIZED;
+    for (int64_t k = 0; k < at.taps; ++k) {
+      const int64_t y = at.h + r + k / at.K - at.radius;
+      const int64_t x = at.w + k % at.K - at.radius;
+      at.read_tap(to + k * size, at.taps - 1 - k, y, x);
+      if (sums)
+        read_statistics(k, y, x);
+    }
+    if (mode == SOFTMAX)
+      reweigh_mode<SOFTMAX, A>(to, tops, scales, at.weights_size);
+    else if (mode == SIGMOID_NORMALIZED)
+      reweigh_mode<SIGMOID_NORMALIZED, A>(to, tops, scales, at.weights_size);
+    else
+      at.normalize(to, to, tops, scales);
+  }
+
+  void read_statistics(int64_t k, int64_t y, int64_t x) {
+    const Arguments &a = at.a;
+    const int64_t size = a.H * a.W, half = a.N * a.G * at.subpixels * size;
+    const bool inside = y >= 0 && y < a.H;
+    const A *from = static_cast<const A *>(a.statistics) +
+                    (at.n * a.G + at.g) * at.subpixels * size +
+                    (inside ? y : 0) * a.W;
+    const int64_t to = k * at.subpixels * COLUMNS, limit = inside ? a.W : 0;
+    read_padded(tops + to, COLUMNS, from, at.subpixels, COLUMNS, size, 1, x,
+                limit);
+    read_padded(scales + to, COLUMNS, from + half, at.subpixels, COLUMNS,
+                size, 1, x, limit);
+  }
+};
+
+template <class T> class GradWeights {
+  typedef Accumulator<T> A;
+  Block<T> at;
+  Buffer<A> x, y, logits, weights, grad, tops, scales;
+
+public:
+  explicit GradWeights(const Arguments &a)
+      : at(a), x(CHUNK * at.lines * at.pitch),
+        y(CHUNK * ROWS * at.subpixels * COLUMNS), logits(at.weights_size),
+        weights(at.weights_size), grad(ROWS * at.weights_size),
+        tops(at.subpixels * COLUMNS), scales(at.subpixels * COLUMNS) {}
+
+  void operator()(int64_t item) {
+    at.seek(item);
+    std::fill(grad + 0, grad + ROWS * at.weights_size, A(0));
+    const auto function = at.K == 5   ? correlate<5, A>
+                          : at.K == 3 ? correlate<3, A>
+                                      : correlate<0, A>;
+    at.for_chunks([&](int64_t c, int64_t channels) {
+      at.read_low(x, c, channels);
+      at.read_high(y, COLUMNS, 0, c, channels);
+      for (int64_t r = 0; r < at.rows; ++r)
+        function(x + r * at.pitch, at.lines * at.pitch, at.pitch,
+                 y + r * at.subpixels * COLUMNS,
+                 ROWS * at.subpixels * COLUMNS, grad + r * at.weights_size,
+                 at.K, at.subpixels, channels, at.columns);
+    });
+    for (int64_t r = 0; r < at.rows; ++r) {
+      A *grad_r = grad + r * at.weights_size;
+      at.clear_outside(grad_r, r);
+      normalize_backward(grad_r, r);
+      at.write_grad_weights(grad_r, r);
+    }
+  }
+
+private:
+  void normalize_backward(A *grad_r, int64_t r) {
+    const int64_t mode = at.a.normalizer;
     if (mode == NONE)
       return;
-    this->read_weights(logits);
-    this->normalize(logits, weights, tops, scales);
+    at.read_weights(logits, r);
+    at.normalize(logits, weights, tops, scales);
     const auto function =
         mode == SOFTMAX   ? normalize_backward_mode<SOFTMAX, A>
         : mode == SIGMOID ? normalize_backward_mode<SIGMOID, A>
                           : normalize_backward_mode<SIGMOID_NORMALIZED, A>;
-    function(logits, weights, grad, this->taps, this->subpixels);
+    function(logits, weights, grad_r, at.taps, at.subpixels);
   }
 };
 
 // ---------------------------------------------------------------------------
 // Threads
 
-template <class Worker> void run(const Arguments &a) {
-  const int64_t count = Worker::count(a);
+template <class Worker> void run(const Arguments &a, int64_t count) {
   const int64_t threads =
       GOMP_parallel ? std::min(a.threads, count) : int64_t(1);
   // Neighbouring blocks share their surroundings, so a thread takes many at
@@ -921,13 +934,13 @@ template <template <class> class Worker>
 void run_dtype(const Arguments &a) noexcept {
   switch (a.dtype) {
   case FLOAT16:
-    return run<Worker<Half>>(a);
+    return run<Worker<Half>>(a, Block<Half>::count(a));
   case BFLOAT16:
-    return run<Worker<Bfloat>>(a);
+    return run<Worker<Bfloat>>(a, Block<Bfloat>::count(a));
   case FLOAT32:
-    return run<Worker<float>>(a);
+    return run<Worker<float>>(a, Block<float>::count(a));
   case FLOAT64:
-    return run<Worker<double>>(a);
+    return run<Worker<double>>(a, Block<double>::count(a));
   }
 }
 

@@ -904,8 +904,12 @@ private:
 // Threads
 
 template <class Worker> void run(const Arguments &a, int64_t count) {
+  // A thread is worth waking for a million multiplications, which take it
+  // tens of microseconds.
+  const int64_t work_size = a.N * a.C * a.H * a.W * a.K * a.K * a.S * a.S;
   const int64_t threads =
-      GOMP_parallel ? std::min(a.threads, count) : int64_t(1);
+      GOMP_parallel ? std::min({a.threads, count, 1 + work_size / 1000000})
+                    : int64_t(1);
   // Neighbouring blocks share their surroundings, so a thread takes many at
   // once; but not all of its share, since another may be held up.
   const int64_t share = (count + 8 * threads - 1) / (8 * threads);

@@ -1,0 +1,374 @@
+"""The CPU kernel against the reference, for every vector width."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    LAYOUTS,
+    NORMALIZERS,
+    Case,
+    all_dtypes,
+    all_layouts,
+    all_normalizers,
+    assert_as_exact_as,
+    randn,
+)
+
+from mmcarafe.ops import carafe_from_logits, cpu, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Shapes of more than one block of 2 rows, 16 columns and 16 channels.
+BLOCK_CASES = {
+    'blocks': Case(2, 20, 5, 37),
+    'blocks-k3': Case(1, 33, 4, 34, k=3),
+    'blocks-k1-s4': Case(1, 16, 3, 40, k=1, s=4),
+    'blocks-k7-s1-groups': Case(1, 34, 6, 33, k=7, g=2, s=1),
+    'blocks-s3-groups': Case(2, 18, 3, 21, k=3, g=2, s=3),
+    'blocks-k11': Case(1, 5, 7, 18, k=11),
+}
+all_cases = pytest.mark.parametrize(
+    'case',
+    [*CASES.values(), *BLOCK_CASES.values()],
+    ids=[*CASES, *BLOCK_CASES],
+)
+
+
+@pytest.fixture(params=cpu.CAPABILITIES, scope='module')
+def kernel(request):
+    if request.param not in cpu.runnable():
+        pytest.skip(f'this machine has no {request.param}')
+    path = cpu.find(request.param)
+    if path is None:
+        pytest.skip(f'no kernel was compiled for {request.param}')
+    return cpu.Kernel(path)
+
+
+@pytest.fixture
+def threads():
+    """Set torch's number of threads; two where the test does not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def inputs(case, dtype=torch.float32, layout=LAYOUTS['contiguous'], masks=0):
+    """Features, weights and the gradient of the output."""
+    if masks:
+        weights = reference.weights_from_masks(
+            layout(randn(*case.masks_shape, dtype=dtype)), *case.arguments
+        )
+    else:
+        weights = reference.weights_from_logits(
+            layout(randn(*case.logits_shape, dtype=dtype)), *case.arguments
+        )
+    shape = case.n, case.c, case.s * case.h, case.s * case.w
+    return (
+        layout(randn(*case.features_shape, dtype=dtype)),
+        weights,
+        layout(randn(*shape, dtype=dtype)),
+    )
+
+
+def run(kernel, features, weights, grad, normalizer='softmax'):
+    """What each of the three operators gives."""
+    return (
+        kernel.carafe(features, weights, normalizer),
+        kernel.carafe_grad_features(grad, weights, normalizer),
+        kernel.carafe_grad_weights(grad, features, weights, normalizer),
+    )
+
+
+class Reference:
+    carafe = staticmethod(reference.reassemble)
+    carafe_grad_features = staticmethod(reference.grad_features)
+    carafe_grad_weights = staticmethod(reference.grad_weights)
+
+
+@all_cases
+@all_dtypes
+@all_layouts
+@pytest.mark.parametrize('masks', [False, True], ids=['logits', 'masks'])
+def test_equals_reference(kernel, case, dtype, layout, masks):
+    tensors = inputs(case, dtype, layout, masks)
+    for normalizer in (None,) if masks else NORMALIZERS:
+        results = run(kernel, *tensors, normalizer)
+        expected = run(Reference, *tensors, normalizer)
+        doubles = [tensor.double() for tensor in tensors]
+        exact = run(Reference, *doubles, normalizer)
+        for result, rounded, true in zip(results, expected, exact):
+            assert_as_exact_as(result, rounded, true)
+            assert result.stride() == rounded.stride()
+
+
+def test_expanded_gradient(kernel):
+    """What the backward of a sum hands over: all strides are zero."""
+    features, weights, grad = inputs(BLOCK_CASES['blocks'])
+    grad = grad[:1, :1, :1, :1].expand_as(grad)
+    expanded = run(kernel, features, weights, grad)
+    dense = run(kernel, features, weights, grad.contiguous())
+    assert all(map(torch.equal, expanded, dense))
+
+
+@all_normalizers
+@pytest.mark.parametrize('value', [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_non_finite_logits_behave_as_in_the_reference(
+    kernel, normalizer, value
+):
+    features, weights, grad = inputs(Case(1, 3, 7, 19))
+    for tap in (0, 12, 24):  # of which the first and last leave the map
+        for place in ((0, 0), (3, 8), (6, 18)):
+            weights[(0, 0, tap, 0, 1, *place)] = value
+    weights[0, 0, :, 1, 1, 3, 12] = value
+    results = run(kernel, features, weights, grad, normalizer)
+    expected = run(Reference, features, weights, grad, normalizer)
+    for result, rounded in zip(results, expected):
+        torch.testing.assert_close(result, rounded, equal_nan=True)
+
+
+def test_non_finite_features_and_gradients_stay_where_they_are(kernel):
+    features, weights, grad = inputs(Case(1, 3, 7, 19))
+    features[0, 1, 0, 0] = features[0, 1, 3, 15] = torch.nan
+    grad[0, 2, 0, 0] = grad[0, 2, 7, 32] = torch.inf
+    results = run(kernel, features, weights, grad)
+    expected = run(Reference, features, weights, grad)
+    for result, rounded in zip(results, expected):
+        torch.testing.assert_close(result, rounded, equal_nan=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('factor', [1, -1 / 3, 0.07, 1e-3, 300])
+def test_every_16_bit_number_is_read_and_rounded_as_by_torch(
+    kernel, dtype, factor
+):
+    """With K = S = 1, the operator is a product of two numbers."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    features = bits.view(dtype).view(1, 1, 256, 256)
+    weights = torch.full((1, 1, 1, 1, 1, 256, 256), factor, dtype=dtype)
+    result = kernel.carafe(features, weights, None)
+    expected = (features.float() * weights[0, 0].float()[0, 0, 0]).to(dtype)
+    torch.testing.assert_close(
+        result, expected, rtol=0, atol=0, equal_nan=True
+    )
+
+
+@all_dtypes
+@all_layouts
+def test_threads_do_not_change_a_bit(kernel, dtype, layout, threads):
+    tensors = inputs(Case(2, 67, 11, 37), dtype, layout)
+    results = []
+    for count in (1, 2, 5, 2):
+        threads(count)
+        results.append(run(kernel, *tensors))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@all_layouts
+@pytest.mark.parametrize('normalizer', ['softmax', None])
+def test_every_element_is_written(kernel, layout, normalizer):
+    """Uninitialised memory is filled with NaN here."""
+    tensors = inputs(BLOCK_CASES['blocks'], layout=layout)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        results = run(kernel, *tensors, normalizer)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(result.isfinite().all() for result in results)
+
+
+# Threads and processes
+
+
+def test_python_threads_at_once(kernel, threads):
+    cases = [Case(1, 64, 20, 30), Case(2, 99, 20, 40, k=3)] * 2
+    tensors = [inputs(case) for case in cases]
+    expected = [run(kernel, *each) for each in tensors]
+    start = threading.Barrier(len(cases))
+
+    def work(index):
+        start.wait()
+        return [run(kernel, *tensors[index]) for _ in range(20)]
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for once, repeated in zip(expected, pool.map(work, range(len(cases)))):
+            for again in repeated:
+                assert all(map(torch.equal, once, again))
+
+
+needs_kernel = pytest.mark.skipif(
+    cpu.KERNEL is None, reason='no CPU kernel was compiled'
+)
+# Python 3.12 and later warn of what is tested here.
+forks = pytest.mark.filterwarnings('ignore:.*use of fork:DeprecationWarning')
+
+
+def _upsample(features, logits):
+    return carafe_from_logits(features, logits, 5)
+
+
+def _send_upsampled(connection, *tensors):
+    connection.send_bytes(_upsample(*tensors).numpy().tobytes())
+
+
+@needs_kernel
+@forks
+def test_forked_process(threads):
+    """The child inherits torch's two threads, of which it has none."""
+    tensors = randn(1, 64, 20, 30), randn(1, 100, 20, 30)
+    expected = _upsample(*tensors)  # the parent has used its threads
+    context = multiprocessing.get_context('fork')
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send_upsampled, args=(sender, *tensors))
+    child.start()
+    try:
+        assert receiver.poll(60), 'the forked process hangs'
+        assert receiver.recv_bytes() == expected.numpy().tobytes()
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+
+
+class _Upsampled(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return _upsample(
+            torch.randn(1, 64, 20, 30, generator=generator),
+            torch.randn(1, 100, 20, 30, generator=generator),
+        )
+
+
+@needs_kernel
+@forks
+def test_data_loader_workers(threads):
+    dataset = _Upsampled()
+    expected = torch.stack(list(map(dataset.__getitem__, range(4))))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=4, num_workers=2, timeout=60
+    )
+    (batch,) = loader
+    assert torch.equal(batch, expected)
+
+
+@needs_kernel
+def test_torch_brings_the_only_openmp_runtime():
+    code = (
+        'import ctypes, torch, mmcarafe.ops\n'
+        'x, y = torch.ones(1, 64, 50, 50), torch.ones(1, 100, 50, 50)\n'
+        'mmcarafe.ops.carafe_from_logits(x, y, 5)\n'
+        'ctypes.CDLL(None).GOMP_parallel\n'
+        "print(open('/proc/self/maps').read())"
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    runtimes = {
+        line.split()[-1]
+        for line in done.stdout.splitlines()
+        if 'gomp' in line or 'iomp' in line or 'libomp' in line
+    }
+    assert len(runtimes) == 1, runtimes
+
+
+# The install
+
+
+@needs_kernel
+def test_dispatcher_takes_the_widest_kernel(monkeypatch):
+    compiled = list(filter(cpu.find, cpu.runnable()))
+    assert cpu.KERNEL.path == cpu.find(compiled[0])
+    calls = []
+    original = cpu.Kernel._run
+    monkeypatch.setattr(
+        cpu.Kernel,
+        '_run',
+        lambda self, name, *rest, **more: (
+            calls.append((self, name)) or original(self, name, *rest, **more)
+        ),
+    )
+    features = randn(1, 2, 3, 4).requires_grad_()
+    logits = randn(1, 100, 3, 4).requires_grad_()
+    _upsample(features, logits).sum().backward()
+    assert {kernel for kernel, _ in calls} == {cpu.KERNEL}
+    assert sorted(name for _, name in calls) == [
+        'carafe',
+        'carafe_grad_features',
+        'carafe_grad_weights',
+    ]
+
+
+def _python(*arguments, **environ):
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        cwd=os.sep,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_kernel
+def test_report_names_the_kernel():
+    report = _python('-m', 'mmcarafe', PYTHONPATH=os.pathsep.join(sys.path))
+    assert f'kernel at {cpu.KERNEL.path}' in report
+
+
+@pytest.fixture(scope='module')
+def without_compiler(tmp_path_factory):
+    """Where an install without a compiler ended."""
+    copy = tmp_path_factory.mktemp('checkout')
+    shutil.copytree(
+        ROOT / 'mmcarafe',
+        copy / 'mmcarafe',
+        ignore=shutil.ignore_patterns('*.so', '.mim', '__pycache__'),
+    )
+    for name in ('setup.py', 'setup.cfg', 'pyproject.toml', 'LICENSE'):
+        shutil.copy(ROOT / name, copy)
+    (copy / 'README.md').touch()
+    target = tmp_path_factory.mktemp('target')
+    _python(
+        *('-m', 'pip', 'install', '--no-deps', '--no-index'),
+        *('--no-build-isolation', '--target', str(target), str(copy)),
+        CC='/no/such/compiler',
+        CXX='/no/such/compiler',
+    )
+    return target
+
+
+def test_install_without_compiler_works(without_compiler):
+    code = (
+        'import torch\n'
+        'from mmcarafe.ops import carafe_from_logits, cpu\n'
+        'x = torch.ones(1, 2, 3, 4), torch.ones(1, 100, 3, 4)\n'
+        'print(cpu.__file__, cpu.KERNEL, carafe_from_logits(*x, 5).shape)'
+    )
+    out = _python('-c', code, PYTHONPATH=str(without_compiler))
+    assert str(without_compiler) in out
+    assert 'None torch.Size([1, 2, 6, 8])' in out
+
+
+def test_report_without_compiler_says_what_to_do(without_compiler):
+    report = _python('-m', 'mmcarafe', PYTHONPATH=str(without_compiler))
+    assert 'CPU: PyTorch path' in report
+    assert 'C++ compiler' in report and 'pip install' in report

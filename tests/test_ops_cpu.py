@@ -1,5 +1,6 @@
 """The CPU kernel against the reference, for every vector width."""
 
+import functools
 import multiprocessing
 import os
 import shutil
@@ -95,18 +96,29 @@ class Reference:
     carafe_grad_weights = staticmethod(reference.grad_weights)
 
 
+@functools.lru_cache(maxsize=None)  # the same for every kernel
+def expectations(case, dtype, layout, masks):
+    """Inputs, and for each normaliser, results in their dtype and in fp64."""
+    tensors = inputs(case, dtype, layout, masks)
+    doubles = [tensor.double() for tensor in tensors]
+    return tensors, {
+        normalizer: (
+            run(Reference, *tensors, normalizer),
+            run(Reference, *doubles, normalizer),
+        )
+        for normalizer in ((None,) if masks else NORMALIZERS)
+    }
+
+
 @all_cases
 @all_dtypes
 @all_layouts
 @pytest.mark.parametrize('masks', [False, True], ids=['logits', 'masks'])
 def test_equals_reference(kernel, case, dtype, layout, masks):
-    tensors = inputs(case, dtype, layout, masks)
-    for normalizer in (None,) if masks else NORMALIZERS:
+    tensors, expected = expectations(case, dtype, layout, masks)
+    for normalizer, (same_dtype, exact) in expected.items():
         results = run(kernel, *tensors, normalizer)
-        expected = run(Reference, *tensors, normalizer)
-        doubles = [tensor.double() for tensor in tensors]
-        exact = run(Reference, *doubles, normalizer)
-        for result, rounded, true in zip(results, expected, exact):
+        for result, rounded, true in zip(results, same_dtype, exact):
             assert_as_exact_as(result, rounded, true)
             assert result.stride() == rounded.stride()
 

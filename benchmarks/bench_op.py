@@ -1,0 +1,340 @@
+"""Time and memory of CARAFE and of other ways to upsample by 2.
+
+    python benchmarks/bench_op.py --out work_dirs/bench_op
+
+The operator's tests run first; when they fail, nothing is measured. Then every
+method upsamples the same feature map, forward, and forward plus backward.
+Writes ``results.json`` (with machine, versions and commit), ``table.md`` and
+``plot.png`` to the folder given.
+
+The methods take turns, so that a disturbance of the machine hits all of them;
+medians are reported. CARAFE starts from logits, whose prediction is not
+timed, in all three of its forms: the kernel, the PyTorch path
+(``mmcarafe.ops.reference``), and the usual formulation in PyTorch, which
+unfolds the features. The learned methods, deconvolution and pixel shuffle,
+include their convolution.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import mmcarafe
+from mmcarafe.ops import carafe_from_logits, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNEL_SIZE = 5
+# N, C, H, W
+SHAPES = {
+    'FPN 25x42': (1, 256, 25, 42),
+    'FPN 50x84': (1, 256, 50, 84),
+    'FPN 100x168': (1, 256, 100, 168),
+    'UperNet 16x16': (1, 512, 16, 16),
+    'UperNet 32x32': (1, 512, 32, 32),
+    'UperNet 64x64': (1, 512, 64, 64),
+    'mask head 14x14': (100, 256, 14, 14),
+}
+
+
+def unfold_matmul(features, logits):
+    """The usual CARAFE in PyTorch: every window is copied out, and weighed."""
+    n, c, h, w = features.shape
+    k2 = KERNEL_SIZE**2
+    windows = F.unfold(features, KERNEL_SIZE, padding=KERNEL_SIZE // 2)
+    windows = windows.view(n, c, k2, h * w).permute(0, 3, 1, 2)
+    weights = logits.view(n, k2, 4, h * w).softmax(1)
+    weights = weights.permute(0, 3, 1, 2)  # [N, H*W, K*K, S*S]
+    out = windows @ weights  # [N, H*W, C, S*S]
+    out = out.permute(0, 2, 3, 1).reshape(n, c * 4, h, w)
+    return F.pixel_shuffle(out, 2)
+
+
+def interpolate(mode):
+    return lambda x: F.interpolate(x, scale_factor=2, mode=mode)
+
+
+def methods(features):
+    """Name -> (function, its inputs)."""
+    n, c, h, w = features.shape
+    options = dict(device=features.device, dtype=features.dtype)
+    memory_format = (
+        torch.contiguous_format
+        if features.is_contiguous()
+        else torch.channels_last
+    )
+    logits = torch.randn(n, 4 * KERNEL_SIZE**2, h, w, **options)
+    logits = logits.contiguous(memory_format=memory_format)
+    deconv = torch.randn(c, c, 3, 3, **options) / (9 * c) ** 0.5
+    expand = torch.randn(4 * c, c, 3, 3, **options) / (9 * c) ** 0.5
+    return {
+        'nearest': (interpolate('nearest'), [features]),
+        'bilinear': (interpolate('bilinear'), [features]),
+        'CARAFE': (
+            lambda x, y: carafe_from_logits(x, y, KERNEL_SIZE),
+            [features, logits],
+        ),
+        'CARAFE, PyTorch path': (
+            lambda x, y: reference.carafe_from_logits(x, y, KERNEL_SIZE),
+            [features, logits],
+        ),
+        'CARAFE, unfold + matmul': (unfold_matmul, [features, logits]),
+        'deconv 3x3': (
+            lambda x, w: F.conv_transpose2d(
+                x, w, stride=2, padding=1, output_padding=1
+            ),
+            [features, deconv],
+        ),
+        'pixel shuffle': (
+            lambda x, w: F.pixel_shuffle(F.conv2d(x, w, padding=1), 2),
+            [features, expand],
+        ),
+    }
+
+
+def forward(function, tensors, grad):
+    with torch.no_grad():
+        return function(*tensors)
+
+
+def forward_backward(function, tensors, grad):
+    return torch.autograd.grad(function(*tensors), tensors, grad)
+
+
+PASSES = {'forward': forward, 'forward+backward': forward_backward}
+
+
+def seconds(run, device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_memory(run, device):
+    """Bytes that torch holds at once, on top of the inputs."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        result = run()
+    del result
+    in_use = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            in_use += event.nbytes()
+            peak = max(peak, in_use)
+    return peak
+
+
+def measure(shape, dtype, device, memory_format, budget):
+    """Median seconds and peak bytes of every method in every pass."""
+    features = torch.randn(*shape, dtype=dtype, device=device)
+    features = features.contiguous(memory_format=memory_format)
+    n, c, h, w = shape
+    grad = torch.randn(n, c, 2 * h, 2 * w, dtype=dtype, device=device)
+    grad = grad.contiguous(memory_format=memory_format)
+    results = []
+    for pass_name, run_pass in PASSES.items():
+        runs = {}
+        for name, (function, tensors) in methods(features).items():
+            tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+            runs[name] = lambda f=function, t=tensors, p=run_pass: p(
+                f, t, grad
+            )
+        for run in runs.values():  # warm up
+            run()
+        times = {name: [] for name in runs}
+        start = time.perf_counter()
+        rounds = 0
+        while rounds < 5 or (
+            rounds < 50 and time.perf_counter() - start < budget
+        ):
+            for name, run in runs.items():
+                times[name].append(seconds(run, device))
+            rounds += 1
+        for name, run in runs.items():
+            results.append(
+                {
+                    'method': name,
+                    'pass': pass_name,
+                    'seconds': statistics.median(times[name]),
+                    'rounds': rounds,
+                    'peak_bytes': peak_memory(run, device),
+                }
+            )
+    return results
+
+
+def environment(device):
+    def git(*arguments):
+        done = subprocess.run(
+            ['git', *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        return done.stdout.strip() if done.returncode == 0 else 'unknown'
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path('/proc/cpuinfo')
+    if cpuinfo.exists():
+        names = [
+            line.split(':', 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith('model name')
+        ]
+        processor = names[0] if names else processor
+    return {
+        'date': datetime.date.today().isoformat(),
+        'commit': git('rev-parse', 'HEAD'),
+        'uncommitted_changes': bool(git('status', '--porcelain')),
+        'device': torch.cuda.get_device_name(device)
+        if device.type == 'cuda'
+        else processor,
+        'cpu_capability': torch.backends.cpu.get_cpu_capability(),
+        'threads': torch.get_num_threads(),
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'mmcarafe': mmcarafe.__version__,
+    }
+
+
+def table(report):
+    env = report['environment']
+    lines = [
+        f'{env["device"]}, {env["threads"]} threads, torch {env["torch"]}, '
+        f'{report["dtype"]}, {report["memory_format"]}, N C H W below, '
+        f'x2, K = {KERNEL_SIZE}; medians, commit {env["commit"][:10]}',
+    ]
+    for pass_name in PASSES:
+        names = list(dict.fromkeys(r['method'] for r in report['results']))
+        lines += [
+            '',
+            f'{pass_name}: milliseconds (peak MB)',
+            '',
+            '| | ' + ' | '.join(names) + ' |',
+            '|---' * (len(names) + 1) + '|',
+        ]
+        for shape in SHAPES:
+            cells = {
+                r['method']: f'{r["seconds"] * 1e3:.3g} '
+                f'({r["peak_bytes"] / 1e6:.3g})'
+                for r in report['results']
+                if r['shape'] == shape and r['pass'] == pass_name
+            }
+            if cells:
+                row = ' | '.join(cells[name] for name in names)
+                lines.append(f'| {shape} | {row} |')
+    return '\n'.join(lines) + '\n'
+
+
+def plot(report, path):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    results = report['results']
+    names = list(dict.fromkeys(r['method'] for r in results))
+    shapes = list(dict.fromkeys(r['shape'] for r in results))
+    figure, axes = plt.subplots(2, 1, figsize=(11, 8), sharex=True)
+    for axis, pass_name in zip(axes, PASSES):
+        for i, name in enumerate(names):
+            axis.bar(
+                [s + (i - len(names) / 2) * 0.12 for s in range(len(shapes))],
+                [
+                    r['seconds'] * 1e3
+                    for r in results
+                    if r['method'] == name and r['pass'] == pass_name
+                ],
+                width=0.11,
+                label=name,
+            )
+        axis.set_yscale('log')
+        axis.set_ylabel('milliseconds')
+        axis.set_title(pass_name)
+        axis.set_xticks(range(len(shapes)), shapes)
+    axes[0].legend(ncols=2, fontsize='small')
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def tests_pass(device):
+    tests = ['tests/test_ops.py', f'tests/test_ops_{device.type}.py']
+    if device.type == 'cuda':
+        tests[1] = 'tests/test_ops_triton.py'
+    command = [sys.executable, '-m', 'pytest', '-q', *tests]
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--out', type=Path, default='work_dirs/bench_op')
+    parser.add_argument('--device', type=torch.device, default='cpu')
+    parser.add_argument(
+        '--dtype',
+        default='float32',
+        choices=('float32', 'bfloat16', 'float16'),
+    )
+    parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--threads', type=int, help="default: torch's own")
+    parser.add_argument(
+        '--shapes', nargs='+', default=list(SHAPES), choices=SHAPES
+    )
+    parser.add_argument(
+        '--budget',
+        type=float,
+        default=10,
+        help='seconds for one shape and pass, once 5 rounds are done',
+    )
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if not tests_pass(args.device):
+        sys.exit("The operator's tests fail, so nothing is measured.")
+    torch.manual_seed(0)
+    report = {
+        'environment': environment(args.device),
+        'dtype': args.dtype,
+        'memory_format': 'channels_last'
+        if args.channels_last
+        else 'contiguous',
+        'results': [],
+    }
+    for name in args.shapes:
+        print(f'measuring {name}', flush=True)
+        results = measure(
+            SHAPES[name],
+            getattr(torch, args.dtype),
+            args.device,
+            getattr(torch, f'{report["memory_format"]}_format')
+            if not args.channels_last
+            else torch.channels_last,
+            args.budget,
+        )
+        report['results'] += [{'shape': name, **r} for r in results]
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1)
+    (args.out / 'results.json').write_text(text + '\n')
+    (args.out / 'table.md').write_text(table(report))
+    plot(report, args.out / 'plot.png')
+    print(table(report))
+
+
+if __name__ == '__main__':
+    main()

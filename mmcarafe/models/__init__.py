@@ -6,8 +6,13 @@ from mmcarafe.models.upsample import CARAFE
 
 __all__ = ['CARAFE']
 
-# The neck is a subclass of mmdet's. Without mmdet the module still works.
+# The neck is a subclass of mmdet's, the head of mmseg's. Without either of them
+# the module still works.
 if find_spec('mmdet'):
     from mmcarafe.models.fpn import CARAFEFPN
 
     __all__ += ['CARAFEFPN']
+if find_spec('mmseg'):
+    from mmcarafe.models.uper_head import CARAFEUPerHead
+
+    __all__ += ['CARAFEUPerHead']

@@ -1,0 +1,146 @@
+"""UPerNet's head, with an upsampler of your choice where maps grow."""
+
+import torch
+from mmengine.model import ModuleList
+from mmseg.models.decode_heads import UPerHead
+from mmseg.models.utils import resize
+
+from mmcarafe.models.upsample import build_upsampler, fit
+from mmcarafe.registry import MODELS
+
+UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')
+
+
+@MODELS.register_module()
+class CARAFEUPerHead(UPerHead):
+    """mmseg's ``UPerHead`` with learned upsampling in PPM, FPN and FUSE.
+
+    The segmentation model of the `CARAFE paper
+    <https://arxiv.org/abs/1905.02188>`_, section 5.3. P2 is the finest of the
+    head's levels, P5 the coarsest; C is the head's ``channels``.
+
+    - PPM: each pooled map is brought to half the size of its level
+      bilinearly, an odd size rounded up, then upsampled by 2. ``UPerHead``
+      goes to the full size bilinearly.
+    - FPN: every level is upsampled by 2 before it is added to the next finer
+      one.
+    - FUSE: P5 is upsampled by 2 and concatenated to P4, both together are
+      upsampled by 2 and concatenated to P3, and so on down to P2.
+      ``UPerHead`` resizes every level to P2 at once. Nothing is reduced in
+      between, so maps of C, 2C and 3C channels are upsampled, and
+      ``fpn_bottleneck`` finds the levels in ``UPerHead``'s order, 4C channels
+      together: its weights keep their shape and their meaning, and the only
+      new parameters are the upsamplers'.
+
+    Images of any size work. Where a level has an odd size, the map upsampled
+    by 2 is one row or column larger, and its last one is cropped; where the
+    next level is not about twice as large, as after a dilated backbone, the
+    upsampled map is resized to it bilinearly: see
+    :func:`~mmcarafe.models.upsample.fit`.
+
+    All parameters of ``UPerHead`` keep their names. The upsamplers are
+    ``ppm_upsample_modules``, one for each pool scale, and
+    ``fpn_upsample_modules`` and ``fuse_upsample_modules``, of which number i
+    leads to the level of ``lateral_convs[i]``. With all three configs None
+    the head is ``UPerHead``.
+
+    Args:
+        *args: see ``UPerHead``.
+        ppm_upsample_cfg (dict, optional): config of the upsampler in PPM, see
+            :func:`~mmcarafe.models.upsample.build_upsampler`. None resizes
+            bilinearly, as ``UPerHead`` does.
+        fpn_upsample_cfg (dict, optional): the same in FPN.
+        fuse_upsample_cfg (dict, optional): the same in FUSE.
+        **kwargs: see ``UPerHead``.
+    """
+
+    def __init__(
+        self,
+        *args,
+        ppm_upsample_cfg=UPSAMPLE_CFG,
+        fpn_upsample_cfg=UPSAMPLE_CFG,
+        fuse_upsample_cfg=UPSAMPLE_CFG,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        c = self.channels
+        steps = len(self.in_channels) - 1
+        self.ppm_upsample_modules = _build(
+            ppm_upsample_cfg, [c] * len(self.psp_modules), 'ppm_upsample_cfg'
+        )
+        self.fpn_upsample_modules = _build(
+            fpn_upsample_cfg, [c] * steps, 'fpn_upsample_cfg'
+        )
+        self.fuse_upsample_modules = _build(
+            fuse_upsample_cfg,
+            [c * (steps - i) for i in range(steps)],
+            'fuse_upsample_cfg',
+        )
+
+    def psp_forward(self, inputs):
+        """Pool the coarsest level, and bring what is pooled back to its size.
+
+        Args:
+            inputs (list[Tensor]): the selected levels, finest first.
+
+        Returns:
+            Tensor[N, C, H, W]: P5, as large as the last of ``inputs``.
+        """
+        x = inputs[-1]
+        size = x.shape[2:]
+        half = [(length + 1) // 2 for length in size]
+        outs = [x]
+        for pool, upsampler in zip(
+            self.psp_modules, self.ppm_upsample_modules
+        ):
+            pooled = pool(x)
+            if upsampler is not None:
+                pooled = self._resize(pooled, half)
+            outs.append(self._upsample(pooled, size, upsampler))
+        return self.bottleneck(torch.cat(outs, dim=1))
+
+    def _forward_feature(self, inputs):
+        inputs = self._transform_inputs(inputs)
+        levels = [conv(x) for conv, x in zip(self.lateral_convs, inputs)]
+        levels.append(self.psp_forward(inputs))
+        for i in reversed(range(len(self.lateral_convs))):
+            levels[i] = levels[i] + self._upsample(
+                levels[i + 1],
+                levels[i].shape[2:],
+                self.fpn_upsample_modules[i],
+            )
+        for i, conv in enumerate(self.fpn_convs):
+            levels[i] = conv(levels[i])
+        return self.fpn_bottleneck(self._fuse(levels))
+
+    def _fuse(self, levels):
+        """Concatenate C channels of each level at the size of the finest."""
+        if None in self.fuse_upsample_modules:
+            size = levels[0].shape[2:]
+            levels[1:] = [self._resize(x, size) for x in levels[1:]]
+            return torch.cat(levels, dim=1)
+        fused = levels[-1]
+        for i in reversed(range(len(self.fuse_upsample_modules))):
+            fused = self._upsample(
+                fused, levels[i].shape[2:], self.fuse_upsample_modules[i]
+            )
+            fused = torch.cat([levels[i], fused], dim=1)
+        return fused
+
+    def _upsample(self, x, size, upsampler):
+        if upsampler is None:
+            return self._resize(x, size)
+        return fit(upsampler(x), size)
+
+    def _resize(self, x, size):
+        return resize(
+            x, size=size, mode='bilinear', align_corners=self.align_corners
+        )
+
+
+def _build(cfg, channels, name):
+    """One upsampler for each number of channels, or None for each."""
+    if cfg is None:
+        return [None] * len(channels)
+    # mmengine's list, unlike torch's, passes init_weights on to its members.
+    return ModuleList(build_upsampler(cfg, c, name=name) for c in channels)

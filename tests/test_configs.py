@@ -27,20 +27,46 @@ def without_downloads(cfg):
 def detection_batch(cfg):
     from mmdet.testing import demo_mm_inputs
 
-    return demo_mm_inputs(
+    batch = demo_mm_inputs(
         2,
         [(3, 97, 131), (3, 101, 90)],
         num_items=[2, 1],
-        num_classes=3,
         with_mask='mask_head' in cfg.model.get('roi_head', {}),
     )
+    for sample in batch['data_samples']:
+        sample.gt_instances.labels.zero_()  # the one class that all have
+    return batch
 
 
+def segmentation_batch(cfg):
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    size = (97, 131)
+    images = torch.randint(256, (2, 3, *size), dtype=torch.uint8)
+    labels = torch.randint(cfg.model.decode_head.num_classes, (2, 1, *size))
+    labels[..., :9] = 255  # ignored
+    samples = [
+        SegDataSample(
+            gt_sem_seg=PixelData(data=data),
+            metainfo=dict(img_shape=size, ori_shape=size),
+        )
+        for data in labels
+    ]
+    return dict(inputs=list(images), data_samples=samples)
+
+
+# mmseg's, whenever one of its heads is built
+@pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated')
+@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False')
+@pytest.mark.filterwarnings('ignore:For binary segmentation, we suggest')
 @pytest.mark.parametrize('path', CONFIGS)
 def test_config(path):
     cfg = Config.fromfile(ROOT / path)
     pytest.importorskip(cfg.default_scope)
     without_downloads(cfg.model)
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = (97, 131)  # else padded to 512
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
     model.init_weights()
@@ -51,7 +77,10 @@ def test_config(path):
         std = module.content_encoder.weight.std().item()
         assert std == pytest.approx(0.001, rel=0.1)
 
-    batch = detection_batch(cfg)
+    if cfg.default_scope == 'mmseg':
+        batch = segmentation_batch(cfg)
+    else:
+        batch = detection_batch(cfg)
     model.train()
     losses = model(**model.data_preprocessor(batch, True), mode='loss')
     loss, _ = model.parse_losses(losses)

@@ -6,7 +6,7 @@ from mmcarafe.models.upsample import CARAFE
 
 __all__ = ['CARAFE']
 
-# The neck is a subclass of mmdet's, the head of mmseg's. Without either of them
+# The neck is a subclass of mmdet's and the head one of mmseg's. Without them
 # the module still works.
 if find_spec('mmdet'):
     from mmcarafe.models.fpn import CARAFEFPN

@@ -1,0 +1,4 @@
+# The same model and schedule with mmseg's own UPerHead, for comparison.
+_base_ = './upernet-carafe_r18_nuclei.py'
+
+model = dict(decode_head=dict(type='UPerHead'))

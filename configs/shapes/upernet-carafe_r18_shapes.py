@@ -1,0 +1,95 @@
+# A real UPerNet, small enough to train from scratch on two CPU cores in a few
+# minutes. The data: python tools/dataset_converters/shapes.py data/shapes
+_base_ = 'mmseg::upernet/upernet_r18_4xb4-80k_ade20k-512x512.py'
+
+channels = 64
+crop_size = (160, 160)
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    pretrained=None,
+    decode_head=dict(
+        type='mmcarafe.CARAFEUPerHead', channels=channels, num_classes=7
+    ),
+    auxiliary_head=dict(channels=channels, num_classes=7),
+)
+
+dataset = dict(
+    # ADE20KDataset knows ADE20K's classes only; this is its parent.
+    type='BaseSegDataset',
+    data_root='data/shapes/',
+    metainfo=dict(
+        classes=(
+            'background',
+            'disk',
+            'ring',
+            'triangle',
+            'square',
+            'star',
+            'stick',
+        ),
+        palette=[
+            (0, 0, 0),
+            (230, 25, 75),
+            (60, 180, 75),
+            (255, 225, 25),
+            (0, 130, 200),
+            (245, 130, 48),
+            (240, 50, 230),
+        ],
+    ),
+    # the background is a class
+    reduce_zero_label=False,
+)
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    dataset=dict(
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations'),
+            dict(type='RandomCrop', crop_size=crop_size),
+            dict(
+                type='RandomFlip',
+                prob=[0.25, 0.25, 0.25],
+                direction=['horizontal', 'vertical', 'diagonal'],
+            ),
+            dict(type='PackSegInputs'),
+        ],
+        **dataset,
+    ),
+)
+val_dataloader = dict(
+    num_workers=1,
+    dataset=dict(
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations'),
+            dict(type='PackSegInputs'),
+        ],
+        **dataset,
+    ),
+)
+test_dataloader = val_dataloader
+
+max_iters = 400
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='AdamW', lr=0.001, weight_decay=0.05),
+    clip_grad=dict(_delete_=True, max_norm=10),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=0,
+        by_epoch=False,
+        begin=0,
+        end=max_iters,
+    ),
+]
+
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(interval=max_iters, max_keep_ckpts=1),
+)
+randomness = dict(seed=0)

@@ -1,0 +1,3 @@
+_base_ = 'mmseg::upernet/upernet_r101_4xb4-160k_ade20k-512x512.py'
+
+model = dict(decode_head=dict(type='mmcarafe.CARAFEUPerHead'))

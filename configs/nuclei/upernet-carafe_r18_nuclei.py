@@ -3,7 +3,7 @@
 # (0 background, 1 nucleus).
 _base_ = '../shapes/upernet-carafe_r18_shapes.py'
 
-crop_size = (192, 192)
+crop_size = (128, 128)
 model = dict(
     data_preprocessor=dict(size=crop_size),
     decode_head=dict(num_classes=2),
@@ -18,6 +18,7 @@ dataset = dict(
     ),
 )
 train_dataloader = dict(
+    batch_size=8,
     dataset=dict(
         data_prefix=dict(
             img_path='images/train', seg_map_path='semantic/train'
@@ -34,11 +35,16 @@ train_dataloader = dict(
             dict(type='PackSegInputs'),
         ],
         **dataset,
-    )
+    ),
 )
 val_dataloader = dict(
     dataset=dict(
         data_prefix=dict(img_path='images/val', seg_map_path='semantic/val'),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations'),
+            dict(type='PackSegInputs'),
+        ],
         **dataset,
     )
 )

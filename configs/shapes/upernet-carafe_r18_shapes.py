@@ -2,10 +2,10 @@
 # minutes. The data: python tools/dataset_converters/shapes.py data/shapes
 _base_ = 'mmseg::upernet/upernet_r18_4xb4-80k_ade20k-512x512.py'
 
-channels = 64
-crop_size = (160, 160)
+channels = 32
+scale = (160, 160)  # half of the 320 * 320 pixels in the files
 model = dict(
-    data_preprocessor=dict(size=crop_size),
+    data_preprocessor=dict(size=scale),
     pretrained=None,
     decode_head=dict(
         type='mmcarafe.CARAFEUPerHead', channels=channels, num_classes=7
@@ -41,13 +41,13 @@ dataset = dict(
     reduce_zero_label=False,
 )
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations'),
-            dict(type='RandomCrop', crop_size=crop_size),
+            dict(type='Resize', scale=scale, keep_ratio=True),
             dict(
                 type='RandomFlip',
                 prob=[0.25, 0.25, 0.25],
@@ -63,6 +63,8 @@ val_dataloader = dict(
     dataset=dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
+            dict(type='Resize', scale=scale, keep_ratio=True),
+            # after Resize: the prediction is compared at the file's own size
             dict(type='LoadAnnotations'),
             dict(type='PackSegInputs'),
         ],
@@ -71,7 +73,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-max_iters = 400
+max_iters = 400  # 4 / 3 of an epoch: 400 * 4 = 1600 of 1200 images
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=0.001, weight_decay=0.05),

@@ -11,18 +11,24 @@ TORCH ?= $(CHOSEN)
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 READY := .venv/ready
-DEMO := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
+DETECTOR := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
+SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
 
 .PHONY: setup demo test lint
 
 setup: $(READY)
 
 demo: $(READY) data/shapes
-	$(BIN)/python tools/train.py $(DEMO) --work-dir work_dirs/demo
-	$(BIN)/python tools/test.py $(DEMO) \
-		"$$(cat work_dirs/demo/last_checkpoint)" \
-		--work-dir work_dirs/demo --show-dir pictures
-	$(BIN)/python tools/analysis/summarize.py work_dirs/demo
+	$(call TRAIN_AND_TEST,$(DETECTOR),work_dirs/demo/detector)
+	$(call TRAIN_AND_TEST,$(SEGMENTOR),work_dirs/demo/segmentor)
+	@$(BIN)/python tools/analysis/summarize.py work_dirs/demo/detector
+	@$(BIN)/python tools/analysis/summarize.py work_dirs/demo/segmentor
+
+define TRAIN_AND_TEST
+$(BIN)/python tools/train.py $(1) --work-dir $(2)
+$(BIN)/python tools/test.py $(1) "$$(cat $(2)/last_checkpoint)" \
+	--work-dir $(2) --show-dir pictures
+endef
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -39,7 +45,7 @@ ifneq ($(TORCH),$(CHOSEN))
 .PHONY: $(READY)
 endif
 
-$(READY): setup.cfg Makefile
+$(READY): setup.cfg setup.py mmcarafe/ops/cpu.cpp Makefile
 	@$(CHECK_MACHINE)
 	@rm -f $@
 	$(PYTHON) -m venv .venv

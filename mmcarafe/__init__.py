@@ -1,7 +1,9 @@
 """CARAFE, content-aware upsampling, for MMDetection and MMSegmentation."""
 
 __version__ = '0.1.0'
-__all__ = ['CARAFE', 'CARAFEFPN']
+__all__ = ['CARAFE', 'CARAFEFPN', 'CARAFEUPerHead']
+
+_HOSTS = dict(CARAFEFPN='mmdet', CARAFEUPerHead='mmseg')
 
 
 def __getattr__(name):
@@ -14,5 +16,5 @@ def __getattr__(name):
         return getattr(mmcarafe.models, name)
     except AttributeError:
         raise ImportError(
-            f'mmcarafe.{name} needs mmdet, which is not installed'
+            f'mmcarafe.{name} needs {_HOSTS[name]}, which is not installed'
         ) from None

@@ -133,7 +133,9 @@ param_scheduler = [
 auto_scale_lr = dict(base_batch_size=4)
 
 default_hooks = dict(
-    logger=dict(interval=50), checkpoint=dict(max_keep_ckpts=1)
+    logger=dict(interval=50),
+    checkpoint=dict(max_keep_ckpts=1),
+    visualization=dict(score_thr=0.5),
 )
 visualizer = dict(line_width=2)
 randomness = dict(seed=0)

@@ -54,13 +54,20 @@ def kernel(request):
     return cpu.Kernel(path)
 
 
-@pytest.fixture
-def threads():
-    """Set torch's number of threads; two where the test does not."""
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many small tensors: waking threads for them would take most time."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield torch.set_num_threads
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads(one_thread):
+    """Two threads, or as many as the test sets."""
+    torch.set_num_threads(2)
+    return torch.set_num_threads
 
 
 def inputs(case, dtype=torch.float32, layout=LAYOUTS['contiguous'], masks=0):

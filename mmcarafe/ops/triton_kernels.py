@@ -1,0 +1,526 @@
+"""The GPU kernels. See :mod:`mmcarafe.ops.triton`, which launches them.
+
+Letters are those of :mod:`mmcarafe.ops.carafe`, with C the channels of one
+group. Two-dimensional tiles have pixels last: NCHW is then read along its
+rows, and the compiler sees by itself that channels_last wants the other order.
+Every program finds its tile in one grid axis, because only the first one is
+large enough for any batch; BLOCKS is the number of channel blocks it takes.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=['H', 'W', 'BLOCKS'])
+def _reassemble_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    xs,
+    ws,
+    ys,
+    C,
+    H,
+    W,
+    G,
+    BLOCKS,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    INDEX: tl.constexpr,
+    TAPS: tl.constexpr,
+    SUBPIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Write outputs with plain FMAs: BLOCK_W source pixels of SUBPIXELS each.
+
+    A loaded feature serves SUBPIXELS outputs; the weight of a tap is loaded
+    (and exponentiated) once per BLOCK_C channels.
+    """
+    pid, block = _split(tl.program_id(0), tl.cdiv(H * W, BLOCK_W))
+    pid, c0 = _split(pid, tl.cdiv(C, BLOCKS * BLOCK_C))
+    pid, part = _split(pid, S * S // SUBPIXELS)
+    n, g = _split(pid, G)
+    c0 *= BLOCKS * BLOCK_C
+    x_ptr += n.to(tl.int64) * xs[0] + (g * C).to(tl.int64) * xs[1]
+    w_ptr += n.to(tl.int64) * ws[0] + g.to(tl.int64) * ws[1]
+    y_ptr += n.to(tl.int64) * ys[0] + (g * C).to(tl.int64) * ys[1]
+
+    # Rows are one after another, so that narrow maps fill their blocks too.
+    p = block.to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
+    inside = p < H * W
+    h, w = p // W, p % W
+    x_offset = h * xs[2] + w * xs[3]
+    w_offset = h * ws[5] + w * ws[6]
+
+    starts, peaks, scales = (), (), ()
+    for s in tl.static_range(SUBPIXELS):
+        first = part * SUBPIXELS + s
+        start = w_ptr + first // S * ws[3] + first % S * ws[4]
+        peak, scale = _peak_and_scale(
+            start, ws[2], w_offset, inside, K, NORMALIZER, INDEX, TAPS
+        )
+        starts, peaks, scales = (
+            starts + (start,),
+            peaks + (peak,),
+            scales + (scale,),
+        )
+
+    for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
+        c = c_block + tl.arange(0, BLOCK_C).to(INDEX)  # [BLOCK_C]
+        real = c < C
+        x_tile = x_ptr + c[:, None] * xs[1] + x_offset[None, :]
+        sums = ()
+        for s in tl.static_range(SUBPIXELS):
+            sums += (tl.zeros((BLOCK_C, BLOCK_W), tl.float32),)
+        for ky in range(K):
+            dy = ky - K // 2
+            row = inside & (h + dy >= 0) & (h + dy < H)
+            for kx in tl.static_range(K):
+                dx = kx - K // 2
+                there = row & (w + dx >= 0) & (w + dx < W)
+                x = tl.load(
+                    x_tile + (dy * xs[2] + dx * xs[3]),
+                    real[:, None] & there[None, :],
+                    other=0,
+                ).to(tl.float32)  # [BLOCK_C, BLOCK_W]
+                new = ()
+                for s in tl.static_range(SUBPIXELS):
+                    logit = tl.load(
+                        starts[s] + (ky * K + kx) * ws[2] + w_offset,
+                        inside,
+                        other=0,
+                    ).to(tl.float32)  # [BLOCK_W]
+                    weight = _unscaled(logit, peaks[s], NORMALIZER)
+                    new += (sums[s] + x * weight[None, :],)
+                sums = new
+        if S == 2 and SUBPIXELS == 4:
+            # Both columns of a source pixel at once: whole sectors.
+            q = tl.arange(0, 2 * BLOCK_W)
+            p2 = block.to(INDEX) * BLOCK_W + q // 2
+            x2 = p2 % W * 2 + q % 2
+            mask = real[:, None] & (p2 < H * W)[None, :]
+            for i in tl.static_range(2):
+                y = tl.interleave(
+                    sums[2 * i] * scales[2 * i][None, :],
+                    sums[2 * i + 1] * scales[2 * i + 1][None, :],
+                )  # [BLOCK_C, 2*BLOCK_W]
+                offset = (p2 // W * 2 + i) * ys[2] + x2 * ys[3]
+                tl.store(
+                    y_ptr + c[:, None] * ys[1] + offset[None, :],
+                    y.to(y_ptr.dtype.element_ty),
+                    mask,
+                )
+        else:
+            mask = real[:, None] & inside[None, :]
+            for s in tl.static_range(SUBPIXELS):
+                i = (part * SUBPIXELS + s) // S
+                j = (part * SUBPIXELS + s) % S
+                y = sums[s] * scales[s][None, :]  # [BLOCK_C, BLOCK_W]
+                offset = (h * S + i) * ys[2] + (w * S + j) * ys[3]
+                tl.store(
+                    y_ptr + c[:, None] * ys[1] + offset[None, :],
+                    y.to(y_ptr.dtype.element_ty),
+                    mask,
+                )
+
+
+# In the kernels below all weights of a tile form one matrix: it is zero
+# outside a band, because an output pixel reads K*K of the tile's source pixels
+# only, and dense products are what the tensor cores do. ``M`` counts the
+# pixels written, ``P`` (a power of two) the pixels read.
+
+
+@triton.jit(do_not_specialize=['H', 'W', 'BLOCKS'])
+def _reassemble_banded_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    xs,
+    ws,
+    ys,
+    C,
+    H,
+    W,
+    G,
+    BLOCKS,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    INDEX: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Write BLOCK_H x BLOCK_W output pixels: y [C, M] = x [C, P] @ band."""
+    M: tl.constexpr = BLOCK_H * BLOCK_W
+    pid, block_w = _split(tl.program_id(0), tl.cdiv(S * W, BLOCK_W))
+    pid, block_h = _split(pid, tl.cdiv(S * H, BLOCK_H))
+    pid, c0 = _split(pid, tl.cdiv(C, BLOCKS * BLOCK_C))
+    n, g = _split(pid, G)
+    c0 *= BLOCKS * BLOCK_C
+    x_ptr += n.to(tl.int64) * xs[0] + (g * C).to(tl.int64) * xs[1]
+    w_ptr += n.to(tl.int64) * ws[0] + g.to(tl.int64) * ws[1]
+    y_ptr += n.to(tl.int64) * ys[0] + (g * C).to(tl.int64) * ys[1]
+
+    m = tl.arange(0, M).to(INDEX)
+    oy, ox = block_h * BLOCK_H + m // BLOCK_W, block_w * BLOCK_W + m % BLOCK_W
+    written = (oy < S * H) & (ox < S * W)  # [M]
+    h0, w0 = block_h * BLOCK_H // S, block_w * BLOCK_W // S
+    p = tl.arange(0, P).to(INDEX)
+    h, w = h0 - K // 2 + p // PATCH_W, w0 - K // 2 + p % PATCH_W
+    read = (p < PATCH_H * PATCH_W) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+
+    logits = _load_logits(w_ptr, ws, oy, ox, written, K, S, INDEX, TAPS)
+    weights = _normalize(logits, K, NORMALIZER, TAPS)  # [TAPS, M]
+    ky = (p // PATCH_W)[:, None] - (oy // S - h0)[None, :]  # [P, M]
+    kx = (p % PATCH_W)[:, None] - (ox // S - w0)[None, :]
+    band = _pick(weights, ky, kx, K).to(x_ptr.dtype.element_ty)  # [P, M]
+
+    x_offset = h * xs[2] + w * xs[3]
+    y_offset = oy * ys[2] + ox * ys[3]
+    for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
+        c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
+        x = tl.load(
+            x_ptr + c[:, None] * xs[1] + x_offset[None, :],
+            (c < C)[:, None] & read[None, :],
+            other=0,
+        )  # [BLOCK_C, P]
+        y = tl.dot(x, band, input_precision='ieee')  # [BLOCK_C, M]
+        tl.store(
+            y_ptr + c[:, None] * ys[1] + y_offset[None, :],
+            y.to(y_ptr.dtype.element_ty),
+            (c < C)[:, None] & written[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=['H', 'W', 'BLOCKS'])
+def _grad_features_kernel(
+    y_ptr,
+    w_ptr,
+    x_ptr,
+    ys,
+    ws,
+    xs,
+    C,
+    H,
+    W,
+    G,
+    BLOCKS,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    INDEX: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    P: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write BLOCK_H x BLOCK_W source pixels: x [C, M] = y [C, P] @ band.
+
+    The patch of output pixels that read a source pixel grows with S*S, so it
+    is taken in PARTS of P pixels.
+    """
+    M: tl.constexpr = BLOCK_H * BLOCK_W
+    pid, block_w = _split(tl.program_id(0), tl.cdiv(W, BLOCK_W))
+    pid, block_h = _split(pid, tl.cdiv(H, BLOCK_H))
+    pid, c0 = _split(pid, tl.cdiv(C, BLOCKS * BLOCK_C))
+    n, g = _split(pid, G)
+    c0 *= BLOCKS * BLOCK_C
+    x_ptr += n.to(tl.int64) * xs[0] + (g * C).to(tl.int64) * xs[1]
+    w_ptr += n.to(tl.int64) * ws[0] + g.to(tl.int64) * ws[1]
+    y_ptr += n.to(tl.int64) * ys[0] + (g * C).to(tl.int64) * ys[1]
+
+    m = tl.arange(0, M).to(INDEX)
+    h, w = block_h * BLOCK_H + m // BLOCK_W, block_w * BLOCK_W + m % BLOCK_W
+    written = (h < H) & (w < W)  # [M]
+    if PARTS == 1:
+        band, y_offset, read = _grad_features_band(
+            w_ptr, ws, ys, block_h, block_w, 0, H, W,
+            K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, P,
+        )  # fmt: skip
+        band = band.to(y_ptr.dtype.element_ty)
+    for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
+        c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
+        y_tile = y_ptr + c[:, None] * ys[1]
+        x = tl.zeros((BLOCK_C, M), tl.float32)
+        for part in range(PARTS):
+            if PARTS > 1:
+                band, y_offset, read = _grad_features_band(
+                    w_ptr, ws, ys, block_h, block_w, part, H, W,
+                    K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, P,
+                )  # fmt: skip
+                band = band.to(y_ptr.dtype.element_ty)
+            y = tl.load(
+                y_tile + y_offset[None, :],
+                (c < C)[:, None] & read[None, :],
+                other=0,
+            )  # [BLOCK_C, P]
+            x = tl.dot(y, band, x, input_precision='ieee')
+        tl.store(
+            x_ptr + c[:, None] * xs[1] + (h * xs[2] + w * xs[3])[None, :],
+            x.to(x_ptr.dtype.element_ty),
+            (c < C)[:, None] & written[None, :],
+        )
+
+
+@triton.jit
+def _grad_features_band(
+    w_ptr,
+    ws,
+    ys,
+    block_h,
+    block_w,
+    part,
+    H,
+    W,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    INDEX: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Band [P, M] of one part, and where its P output pixels lie."""
+    M: tl.constexpr = BLOCK_H * BLOCK_W
+    PATCH_H: tl.constexpr = (BLOCK_H + K - 1) * S
+    PATCH_W: tl.constexpr = (BLOCK_W + K - 1) * S
+    p = part * P + tl.arange(0, P).to(INDEX)
+    oy = (block_h * BLOCK_H - K // 2) * S + p // PATCH_W
+    ox = (block_w * BLOCK_W - K // 2) * S + p % PATCH_W
+    read = (p < PATCH_H * PATCH_W) & (oy >= 0) & (oy < S * H)
+    read &= (ox >= 0) & (ox < S * W)  # [P]
+
+    logits = _load_logits(w_ptr, ws, oy, ox, read, K, S, INDEX, TAPS)
+    weights = _normalize(logits, K, NORMALIZER, TAPS)  # [TAPS, P]
+    m = tl.arange(0, M)
+    ky = (m // BLOCK_W + K - 1)[:, None] - (p // PATCH_W // S)[None, :]
+    kx = (m % BLOCK_W + K - 1)[:, None] - (p % PATCH_W // S)[None, :]
+    band = tl.trans(_pick(weights, ky, kx, K))  # [P, M]
+    return band, oy * ys[2] + ox * ys[3], read
+
+
+@triton.jit(do_not_specialize=['H', 'W'])
+def _grad_weights_kernel(
+    y_ptr,
+    x_ptr,
+    w_ptr,
+    grad_ptr,
+    ys,
+    xs,
+    ws,
+    grads,
+    C,
+    H,
+    W,
+    G,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    INDEX: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Write all taps of BLOCK_H x BLOCK_W output pixels.
+
+    band [P, M] = x [C, P]^T @ y [C, M], of which K*K entries a column matter.
+    """
+    M: tl.constexpr = BLOCK_H * BLOCK_W
+    pid, block_w = _split(tl.program_id(0), tl.cdiv(S * W, BLOCK_W))
+    pid, block_h = _split(pid, tl.cdiv(S * H, BLOCK_H))
+    n, g = _split(pid, G)
+    x_ptr += n.to(tl.int64) * xs[0] + (g * C).to(tl.int64) * xs[1]
+    y_ptr += n.to(tl.int64) * ys[0] + (g * C).to(tl.int64) * ys[1]
+    w_ptr += n.to(tl.int64) * ws[0] + g.to(tl.int64) * ws[1]
+    grad_ptr += n.to(tl.int64) * grads[0] + g.to(tl.int64) * grads[1]
+
+    m = tl.arange(0, M).to(INDEX)
+    oy, ox = block_h * BLOCK_H + m // BLOCK_W, block_w * BLOCK_W + m % BLOCK_W
+    written = (oy < S * H) & (ox < S * W)  # [M]
+    h0, w0 = block_h * BLOCK_H // S, block_w * BLOCK_W // S
+    p = tl.arange(0, P).to(INDEX)
+    h, w = h0 - K // 2 + p // PATCH_W, w0 - K // 2 + p % PATCH_W
+    read = (p < PATCH_H * PATCH_W) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+
+    x_offset = h * xs[2] + w * xs[3]
+    y_offset = oy * ys[2] + ox * ys[3]
+    band = tl.zeros((P, M), tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C).to(INDEX)
+        x = tl.load(
+            x_ptr + c[:, None] * xs[1] + x_offset[None, :],
+            (c < C)[:, None] & read[None, :],
+            other=0,
+        )  # [BLOCK_C, P]
+        y = tl.load(
+            y_ptr + c[:, None] * ys[1] + y_offset[None, :],
+            (c < C)[:, None] & written[None, :],
+            other=0,
+        )  # [BLOCK_C, M]
+        band = tl.dot(tl.trans(x), y, band, input_precision='ieee')
+
+    k = tl.arange(0, TAPS)
+    taps = k < K * K
+    at = (k // K * PATCH_W + k % K)[:, None] + (
+        (oy // S - h0) * PATCH_W + (ox // S - w0)
+    ).to(tl.int32)[None, :]  # [TAPS, M]
+    grad = tl.gather(band, tl.where(taps[:, None], at, 0), 0)  # [TAPS, M]
+    if NORMALIZER is not None:
+        logits = _load_logits(w_ptr, ws, oy, ox, written, K, S, INDEX, TAPS)
+        grad = _normalize_backward(grad, logits, K, NORMALIZER, TAPS)
+    grad_offset = (
+        (oy % S) * grads[3]
+        + (ox % S) * grads[4]
+        + (oy // S) * grads[5]
+        + (ox // S) * grads[6]
+    )
+    tl.store(
+        grad_ptr + (k.to(INDEX) * grads[2])[:, None] + grad_offset[None, :],
+        grad.to(grad_ptr.dtype.element_ty),
+        taps[:, None] & written[None, :],
+    )
+
+
+@triton.jit
+def _split(pid, size):
+    return pid // size, pid % size
+
+
+@triton.jit
+def _load_logits(
+    w_ptr,
+    ws,
+    oy,
+    ox,
+    mask,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    INDEX: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """All taps [TAPS, M] of output pixels (oy, ox) [M]."""
+    k = tl.arange(0, TAPS)
+    offset = (oy % S) * ws[3] + (ox % S) * ws[4]
+    offset += (oy // S) * ws[5] + (ox // S) * ws[6]
+    return tl.load(
+        w_ptr + (k.to(INDEX) * ws[2])[:, None] + offset[None, :],
+        (k < K * K)[:, None] & mask[None, :],
+        other=0,
+    ).to(tl.float32)
+
+
+@triton.jit
+def _pick(weights, ky, kx, K: tl.constexpr):
+    """Entry [a, b] is tap (ky, kx)[a, b] of weights [TAPS, B], or zero."""
+    hit = (ky >= 0) & (ky < K) & (kx >= 0) & (kx < K)
+    k = tl.where(hit, ky * K + kx, 0).to(tl.int32)
+    return tl.where(hit, tl.gather(weights, k, 0), 0)
+
+
+@triton.jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0) - tl.log(1 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _normalize(
+    logits, K: tl.constexpr, NORMALIZER: tl.constexpr, TAPS: tl.constexpr
+):
+    """:func:`mmcarafe.ops.reference.normalize` of a tile [TAPS, M]."""
+    if NORMALIZER == 'sigmoid':
+        logits = tl.sigmoid(logits)
+    elif NORMALIZER is not None:
+        if NORMALIZER == 'sigmoid_normalized':
+            logits = _log_sigmoid(logits)
+        real = (tl.arange(0, TAPS) < K * K)[:, None]
+        logits = tl.where(real, logits, float('-inf'))
+        logits = tl.exp(logits - tl.max(logits, 0)[None, :])
+        logits = logits / tl.sum(logits, 0)[None, :]
+    return logits
+
+
+@triton.jit
+def _normalize_backward(
+    grad,
+    logits,
+    K: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """:func:`mmcarafe.ops.reference.normalize_backward`, [TAPS, M]."""
+    weights = _normalize(logits, K, NORMALIZER, TAPS)
+    if NORMALIZER == 'sigmoid':
+        return grad * weights * (1 - weights)
+    grad = weights * (grad - tl.sum(weights * grad, 0)[None, :])
+    if NORMALIZER == 'sigmoid_normalized':
+        grad *= tl.sigmoid(-logits)
+    return grad
+
+
+@triton.jit
+def _peak_and_scale(
+    w_ptr,
+    tap_stride,
+    offset,
+    mask,
+    K: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    INDEX: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """Largest logit and inverse sum: weight = _unscaled(...) * scale."""
+    if NORMALIZER == 'softmax' or NORMALIZER == 'sigmoid_normalized':
+        k = tl.arange(0, TAPS)
+        real = (k < K * K)[:, None]
+        logits = tl.load(
+            w_ptr + (k.to(INDEX) * tap_stride)[:, None] + offset[None, :],
+            real & mask[None, :],
+            other=0,
+        ).to(tl.float32)  # [TAPS, BLOCK_W]
+        if NORMALIZER == 'sigmoid_normalized':
+            logits = _log_sigmoid(logits)
+        logits = tl.where(real, logits, float('-inf'))
+        peak = tl.max(logits, 0)
+        scale = 1 / tl.sum(tl.exp(logits - peak[None, :]), 0)
+    else:
+        peak = tl.zeros_like(offset).to(tl.float32)
+        scale = peak + 1
+    return peak, scale
+
+
+@triton.jit
+def _unscaled(logit, peak, NORMALIZER: tl.constexpr):
+    if NORMALIZER == 'softmax':
+        return tl.exp(logit - peak)
+    if NORMALIZER == 'sigmoid_normalized':
+        return tl.exp(_log_sigmoid(logit) - peak)
+    if NORMALIZER == 'sigmoid':
+        return tl.sigmoid(logit)
+    return logit
+
+
+KERNELS = {
+    'carafe': _reassemble_banded_kernel,
+    'carafe_plain': _reassemble_kernel,
+    'carafe_grad_features': _grad_features_kernel,
+    'carafe_grad_weights': _grad_weights_kernel,
+}
+
+
+def index_dtype(wide):
+    """Offsets are 32 bits wide where an image has fewer than 2**31 elements."""
+    return tl.int64 if wide else tl.int32

@@ -58,32 +58,43 @@ class Config(NamedTuple):
     block_h: int
     block_w: int
     num_warps: int
+    num_stages: int = 3
 
 
 # The first candidate that fits is the default; timing picks among all of them
 # unless torch.use_deterministic_algorithms is on or a CUDA graph is captured.
 _CANDIDATES = {
-    ('carafe', 'fp32'): [
+    ('carafe', 'fp32 NCHW'): [
         Config(False, 64, 1, 32, 4),
         Config(False, 32, 1, 64, 4),
         Config(False, 16, 1, 128, 4),
         Config(False, 32, 1, 32, 2),
     ],
-    ('carafe', '16 bit'): [
-        Config(True, 64, 4, 32, 4),
+    ('carafe', 'fp32 NHWC'): [
+        Config(False, 128, 1, 8, 4),
+        Config(False, 256, 1, 4, 4),
+        Config(False, 64, 1, 16, 4),
+    ],
+    ('carafe', '16 bit NCHW'): [
         Config(True, 64, 2, 32, 4),
-        Config(True, 128, 8, 16, 8),
         Config(True, 64, 2, 16, 4),
+        Config(True, 128, 4, 16, 8),
         Config(False, 64, 1, 32, 4),
     ],
+    ('carafe', '16 bit NHWC'): [
+        Config(True, 64, 8, 8, 4),
+        Config(True, 64, 8, 16, 4),
+        Config(True, 128, 8, 16, 8),
+        Config(False, 128, 1, 8, 4),
+    ],
     ('carafe_grad_features', 'fp32'): [
-        Config(True, 32, 4, 4, 4),
-        Config(True, 64, 4, 4, 8),
+        Config(True, 32, 4, 4, 4, 2),
+        Config(True, 64, 4, 4, 8, 2),
     ],
     ('carafe_grad_features', '16 bit'): [
-        Config(True, 64, 4, 4, 4),
-        Config(True, 128, 4, 4, 4),
-        Config(True, 64, 4, 8, 4),
+        Config(True, 64, 4, 4, 4, 2),
+        Config(True, 128, 4, 4, 4, 2),
+        Config(True, 64, 4, 8, 8, 2),
     ],
     ('carafe_grad_weights', 'fp32'): [
         Config(True, 16, 2, 16, 4),
@@ -92,8 +103,8 @@ _CANDIDATES = {
     ],
     ('carafe_grad_weights', '16 bit'): [
         Config(True, 64, 4, 16, 4),
-        Config(True, 64, 4, 32, 8),
         Config(True, 64, 2, 16, 4),
+        Config(True, 64, 8, 16, 8),
     ],
 }
 # Where no candidate fits: large K, whose patches outgrow the tiles above.
@@ -164,6 +175,9 @@ def _choose(name, features, weights, normalizer, launch):
     if name in pinned:
         return pinned[name]
     kind = 'fp32' if features.dtype == torch.float32 else '16 bit'
+    layout = 'NHWC' if features.stride(1) == 1 else 'NCHW'
+    if name == 'carafe':
+        kind = f'{kind} {layout}'
     configs = [c for c in _CANDIDATES[name, kind] if _fits(name, c, weights)]
     configs = configs or [_FALLBACK[name]]
     if (
@@ -179,7 +193,7 @@ def _choose(name, features, weights, normalizer, launch):
         name,
         weights.device,
         features.dtype,
-        features.stride(1) == 1,  # channels_last
+        layout,
         normalizer,
         (features.shape[1], groups, taps, scale),
         # Images of a few more rows are no new problem.
@@ -230,13 +244,14 @@ def _tile(name, config, weights):
     """Compile-time sizes of the tile and of the patch that it reads."""
     taps, scale = weights.shape[2:4]
     k = math.isqrt(taps)
-    tile = {'K': k, 'S': scale, 'TAPS': _power_of_2(taps)}
-    tile.update(BLOCK_W=config.block_w)
+    tile = {'K': k, 'S': scale, 'BLOCK_W': config.block_w}
     if not config.banded:
         # Bounds the accumulators: 4 for S=2, else a row of them up to 4.
         tile['SUBPIXELS'] = {1: 1, 2: 4, 3: 3, 4: 4}.get(scale, 1)
         return tile
-    tile.update(BLOCK_H=config.block_h)
+    tile.update(BLOCK_H=config.block_h, TAPS=_power_of_2(taps))
+    # Whether rows of 8 divide evenly decides whether stores are vectors.
+    tile['ALIGN'] = 8 if weights.shape[-1] % 8 == 0 else 1
     if name == 'carafe_grad_features':
         patch = (config.block_h + k - 1) * (config.block_w + k - 1) * scale**2
         tile['P'] = min(_power_of_2(patch), max(16, 8192 // tile['TAPS']))
@@ -286,6 +301,7 @@ def _launch(name, features, weights, tensors, normalizer, config):
         *arguments,
         **tile,
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
 
 

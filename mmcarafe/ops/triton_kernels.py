@@ -28,7 +28,6 @@ def _reassemble_kernel(
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
     INDEX: tl.constexpr,
-    TAPS: tl.constexpr,
     SUBPIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -59,7 +58,7 @@ def _reassemble_kernel(
         first = part * SUBPIXELS + s
         start = w_ptr + first // S * ws[3] + first % S * ws[4]
         peak, scale = _peak_and_scale(
-            start, ws[2], w_offset, inside, K, NORMALIZER, INDEX, TAPS
+            start, ws[2], w_offset, inside, K, NORMALIZER
         )
         starts, peaks, scales = (
             starts + (start,),
@@ -149,6 +148,7 @@ def _reassemble_banded_kernel(
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
     INDEX: tl.constexpr,
+    ALIGN: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -159,6 +159,7 @@ def _reassemble_banded_kernel(
 ):
     """Write BLOCK_H x BLOCK_W output pixels: y [C, M] = x [C, P] @ band."""
     M: tl.constexpr = BLOCK_H * BLOCK_W
+    W = W // ALIGN * ALIGN  # unchanged: shows the compiler whole vectors
     pid, block_w = _split(tl.program_id(0), tl.cdiv(S * W, BLOCK_W))
     pid, block_h = _split(pid, tl.cdiv(S * H, BLOCK_H))
     pid, c0 = _split(pid, tl.cdiv(C, BLOCKS * BLOCK_C))
@@ -178,9 +179,10 @@ def _reassemble_banded_kernel(
 
     logits = _load_logits(w_ptr, ws, oy, ox, written, K, S, INDEX, TAPS)
     weights = _normalize(logits, K, NORMALIZER, TAPS)  # [TAPS, M]
-    ky = (p // PATCH_W)[:, None] - (oy // S - h0)[None, :]  # [P, M]
-    kx = (p % PATCH_W)[:, None] - (ox // S - w0)[None, :]
-    band = _pick(weights, ky, kx, K).to(x_ptr.dtype.element_ty)  # [P, M]
+    at_h, at_w = _source_in_patch(block_h, block_w, S, BLOCK_H, BLOCK_W)
+    ky = (tl.arange(0, P) // PATCH_W)[:, None] - at_h[None, :]  # [P, M]
+    kx = (tl.arange(0, P) % PATCH_W)[:, None] - at_w[None, :]
+    band = _pick(weights, ky, kx, K, TAPS).to(x_ptr.dtype.element_ty)
 
     x_offset = h * xs[2] + w * xs[3]
     y_offset = oy * ys[2] + ox * ys[3]
@@ -216,6 +218,7 @@ def _grad_features_kernel(
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
     INDEX: tl.constexpr,
+    ALIGN: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -229,6 +232,7 @@ def _grad_features_kernel(
     is taken in PARTS of P pixels.
     """
     M: tl.constexpr = BLOCK_H * BLOCK_W
+    W = W // ALIGN * ALIGN  # unchanged: shows the compiler whole vectors
     pid, block_w = _split(tl.program_id(0), tl.cdiv(W, BLOCK_W))
     pid, block_h = _split(pid, tl.cdiv(H, BLOCK_H))
     pid, c0 = _split(pid, tl.cdiv(C, BLOCKS * BLOCK_C))
@@ -303,9 +307,10 @@ def _grad_features_band(
     logits = _load_logits(w_ptr, ws, oy, ox, read, K, S, INDEX, TAPS)
     weights = _normalize(logits, K, NORMALIZER, TAPS)  # [TAPS, P]
     m = tl.arange(0, M)
-    ky = (m // BLOCK_W + K - 1)[:, None] - (p // PATCH_W // S)[None, :]
-    kx = (m % BLOCK_W + K - 1)[:, None] - (p % PATCH_W // S)[None, :]
-    band = tl.trans(_pick(weights, ky, kx, K))  # [P, M]
+    at = part * P + tl.arange(0, P)
+    ky = (m // BLOCK_W + K - 1)[:, None] - (at // PATCH_W // S)[None, :]
+    kx = (m % BLOCK_W + K - 1)[:, None] - (at % PATCH_W // S)[None, :]
+    band = tl.trans(_pick(weights, ky, kx, K, TAPS))  # [P, M]
     return band, oy * ys[2] + ox * ys[3], read
 
 
@@ -327,6 +332,7 @@ def _grad_weights_kernel(
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
     INDEX: tl.constexpr,
+    ALIGN: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -340,6 +346,7 @@ def _grad_weights_kernel(
     band [P, M] = x [C, P]^T @ y [C, M], of which K*K entries a column matter.
     """
     M: tl.constexpr = BLOCK_H * BLOCK_W
+    W = W // ALIGN * ALIGN  # unchanged: shows the compiler whole vectors
     pid, block_w = _split(tl.program_id(0), tl.cdiv(S * W, BLOCK_W))
     pid, block_h = _split(pid, tl.cdiv(S * H, BLOCK_H))
     n, g = _split(pid, G)
@@ -375,9 +382,8 @@ def _grad_weights_kernel(
 
     k = tl.arange(0, TAPS)
     taps = k < K * K
-    at = (k // K * PATCH_W + k % K)[:, None] + (
-        (oy // S - h0) * PATCH_W + (ox // S - w0)
-    ).to(tl.int32)[None, :]  # [TAPS, M]
+    at_h, at_w = _source_in_patch(block_h, block_w, S, BLOCK_H, BLOCK_W)
+    at = (k // K * PATCH_W + k % K)[:, None] + (at_h * PATCH_W + at_w)[None, :]
     grad = tl.gather(band, tl.where(taps[:, None], at, 0), 0)  # [TAPS, M]
     if NORMALIZER is not None:
         logits = _load_logits(w_ptr, ws, oy, ox, written, K, S, INDEX, TAPS)
@@ -398,6 +404,21 @@ def _grad_weights_kernel(
 @triton.jit
 def _split(pid, size):
     return pid // size, pid % size
+
+
+@triton.jit
+def _source_in_patch(
+    block_h,
+    block_w,
+    S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Row and column in the patch where the window of each [M] begins."""
+    m = tl.arange(0, BLOCK_H * BLOCK_W)
+    at_h = (block_h * BLOCK_H % S + m // BLOCK_W) // S
+    at_w = (block_w * BLOCK_W % S + m % BLOCK_W) // S
+    return at_h, at_w
 
 
 @triton.jit
@@ -424,11 +445,14 @@ def _load_logits(
 
 
 @triton.jit
-def _pick(weights, ky, kx, K: tl.constexpr):
-    """Entry [a, b] is tap (ky, kx)[a, b] of weights [TAPS, B], or zero."""
-    hit = (ky >= 0) & (ky < K) & (kx >= 0) & (kx < K)
-    k = tl.where(hit, ky * K + kx, 0).to(tl.int32)
-    return tl.where(hit, tl.gather(weights, k, 0), 0)
+def _pick(weights, ky, kx, K: tl.constexpr, TAPS: tl.constexpr):
+    """Entry [a, b] is tap (ky, kx)[a, b] of weights [TAPS, B], or zero.
+
+    K*K is odd, so TAPS is larger and the last of the taps is padding: zero.
+    """
+    # As unsigned numbers, negative ones are larger than K.
+    hit = (ky.to(tl.uint32) < K) & (kx.to(tl.uint32) < K)
+    return tl.gather(weights, tl.where(hit, ky * K + kx, TAPS - 1), 0)
 
 
 @triton.jit
@@ -440,13 +464,16 @@ def _log_sigmoid(x):
 def _normalize(
     logits, K: tl.constexpr, NORMALIZER: tl.constexpr, TAPS: tl.constexpr
 ):
-    """:func:`mmcarafe.ops.reference.normalize` of a tile [TAPS, M]."""
+    """:func:`mmcarafe.ops.reference.normalize` of a tile [TAPS, M].
+
+    The padding, logits of zero beyond tap K*K, becomes weights of zero.
+    """
+    real = (tl.arange(0, TAPS) < K * K)[:, None]
     if NORMALIZER == 'sigmoid':
-        logits = tl.sigmoid(logits)
+        logits = tl.where(real, tl.sigmoid(logits), 0)
     elif NORMALIZER is not None:
         if NORMALIZER == 'sigmoid_normalized':
             logits = _log_sigmoid(logits)
-        real = (tl.arange(0, TAPS) < K * K)[:, None]
         logits = tl.where(real, logits, float('-inf'))
         logits = tl.exp(logits - tl.max(logits, 0)[None, :])
         logits = logits / tl.sum(logits, 0)[None, :]
@@ -479,26 +506,32 @@ def _peak_and_scale(
     mask,
     K: tl.constexpr,
     NORMALIZER: tl.constexpr,
-    INDEX: tl.constexpr,
-    TAPS: tl.constexpr,
 ):
-    """Largest logit and inverse sum: weight = _unscaled(...) * scale."""
+    """Largest logit and inverse sum: weight = _unscaled(...) * scale.
+
+    One tap at a time: a tile of taps would have a layout of its own, and
+    every weight would go through shared memory to that of the features.
+    """
+    peak = tl.zeros_like(offset).to(tl.float32)
+    scale = peak + 1
     if NORMALIZER == 'softmax' or NORMALIZER == 'sigmoid_normalized':
-        k = tl.arange(0, TAPS)
-        real = (k < K * K)[:, None]
-        logits = tl.load(
-            w_ptr + (k.to(INDEX) * tap_stride)[:, None] + offset[None, :],
-            real & mask[None, :],
-            other=0,
-        ).to(tl.float32)  # [TAPS, BLOCK_W]
-        if NORMALIZER == 'sigmoid_normalized':
-            logits = _log_sigmoid(logits)
-        logits = tl.where(real, logits, float('-inf'))
-        peak = tl.max(logits, 0)
-        scale = 1 / tl.sum(tl.exp(logits - peak[None, :]), 0)
-    else:
-        peak = tl.zeros_like(offset).to(tl.float32)
-        scale = peak + 1
+        peak += float('-inf')
+        for ky in range(K):
+            for kx in tl.static_range(K):
+                logit = tl.load(
+                    w_ptr + (ky * K + kx) * tap_stride + offset, mask, other=0
+                ).to(tl.float32)
+                if NORMALIZER == 'sigmoid_normalized':
+                    logit = _log_sigmoid(logit)
+                peak = tl.maximum(peak, logit)
+        total = tl.zeros_like(peak)
+        for ky in range(K):
+            for kx in tl.static_range(K):
+                logit = tl.load(
+                    w_ptr + (ky * K + kx) * tap_stride + offset, mask, other=0
+                ).to(tl.float32)
+                total += _unscaled(logit, peak, NORMALIZER)
+        scale = 1 / total
     return peak, scale
 
 

@@ -123,25 +123,27 @@ def check(name, args):
 
 
 @pytest.fixture(autouse=INTERPRETED)
-def _products_of_bf16(monkeypatch):
-    """Triton's interpreter (3.7.1) multiplies the bit patterns of bf16."""
-    import numpy
+def _bf16_as_on_a_gpu(monkeypatch):
+    """Triton's interpreter (3.7.1) truncates to bf16 instead of rounding, and
+    multiplies the bit patterns of bf16 matrices."""
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    dot = InterpreterBuilder.create_dot
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        data = x.data.astype(numpy.uint32) << 16
-        return type(x)(data.view(numpy.float32), tl.float32)
+    def rounded(self, x, dtype):
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, dtype)
+        data = torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy()
+        return TensorHandle(data, tl.bfloat16)
 
-    monkeypatch.setattr(
-        InterpreterBuilder,
-        'create_dot',
-        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
-    )
+    def widened(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (cast(self, x, tl.float32) for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, 'cast_impl', rounded)
+    monkeypatch.setattr(InterpreterBuilder, 'create_dot', widened)
 
 
 @on_each_device

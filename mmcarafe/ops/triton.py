@@ -5,9 +5,10 @@ Two routes lead to an output, and each pays where the other does not:
 - plain FMAs carry fp32. One loaded feature serves all S*S subpixels.
 - fp16 and bf16 go through the tensor cores. All the weights of a tile of
   output pixels form one matrix, zero outside a band, which a dense product
-  applies to the tile's source patch. The weights are rounded to the dtype of
-  the features, sums are fp32. A zero weight times an infinite feature is NaN,
-  so a feature that is not finite spreads over its tile, not only its window.
+  applies to the tile's source patch. Each weight enters as two numbers, its
+  rounded value and the rest, so that rounding the output is what limits the
+  accuracy; sums are fp32. A zero weight times infinity is NaN, so a feature
+  that is not finite spreads over its tile, not only over its window.
 
 Both gradients are such products in every dtype (with FMAs in fp32). Nothing is
 scattered, so there are no atomics: the features' gradient gathers. Masks are

@@ -182,7 +182,7 @@ def _reassemble_banded_kernel(
     at_h, at_w = _source_in_patch(block_h, block_w, S, BLOCK_H, BLOCK_W)
     ky = (tl.arange(0, P) // PATCH_W)[:, None] - at_h[None, :]  # [P, M]
     kx = (tl.arange(0, P) % PATCH_W)[:, None] - at_w[None, :]
-    band = _pick(weights, ky, kx, K, TAPS).to(x_ptr.dtype.element_ty)
+    band, rest = _halves(_pick(weights, ky, kx, K, TAPS), x_ptr)  # [P, M]
 
     x_offset = h * xs[2] + w * xs[3]
     y_offset = oy * ys[2] + ox * ys[3]
@@ -193,7 +193,8 @@ def _reassemble_banded_kernel(
             (c < C)[:, None] & read[None, :],
             other=0,
         )  # [BLOCK_C, P]
-        y = tl.dot(x, band, input_precision='ieee')  # [BLOCK_C, M]
+        y = tl.zeros((BLOCK_C, M), tl.float32)
+        y = _dot(x, band, rest, y, NORMALIZER)
         tl.store(
             y_ptr + c[:, None] * ys[1] + y_offset[None, :],
             y.to(y_ptr.dtype.element_ty),
@@ -250,7 +251,7 @@ def _grad_features_kernel(
             w_ptr, ws, ys, block_h, block_w, 0, H, W,
             K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, P,
         )  # fmt: skip
-        band = band.to(y_ptr.dtype.element_ty)
+        band, rest = _halves(band, y_ptr)
     for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
         c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
         y_tile = y_ptr + c[:, None] * ys[1]
@@ -261,13 +262,13 @@ def _grad_features_kernel(
                     w_ptr, ws, ys, block_h, block_w, part, H, W,
                     K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, P,
                 )  # fmt: skip
-                band = band.to(y_ptr.dtype.element_ty)
+                band, rest = _halves(band, y_ptr)
             y = tl.load(
                 y_tile + y_offset[None, :],
                 (c < C)[:, None] & read[None, :],
                 other=0,
             )  # [BLOCK_C, P]
-            x = tl.dot(y, band, x, input_precision='ieee')
+            x = _dot(y, band, rest, x, NORMALIZER)
         tl.store(
             x_ptr + c[:, None] * xs[1] + (h * xs[2] + w * xs[3])[None, :],
             x.to(x_ptr.dtype.element_ty),
@@ -453,6 +454,22 @@ def _pick(weights, ky, kx, K: tl.constexpr, TAPS: tl.constexpr):
     # As unsigned numbers, negative ones are larger than K.
     hit = (ky.to(tl.uint32) < K) & (kx.to(tl.uint32) < K)
     return tl.gather(weights, tl.where(hit, ky * K + kx, TAPS - 1), 0)
+
+
+@triton.jit
+def _halves(band, like):
+    """A band in the dtype of ``like``, and what that rounds away."""
+    rounded = band.to(like.dtype.element_ty)
+    rest = (band - rounded.to(tl.float32)).to(like.dtype.element_ty)
+    return rounded, rest
+
+
+@triton.jit
+def _dot(x, band, rest, y, NORMALIZER: tl.constexpr):
+    """y + x @ (band + rest); ready masks are exact in their own dtype."""
+    if NORMALIZER is not None and x.dtype != tl.float32:
+        y = tl.dot(x, rest, y)
+    return tl.dot(x, band, y, input_precision='ieee')
 
 
 @triton.jit

@@ -26,38 +26,44 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def gpu(*args):
-    """Mark a test, or a parameter, that needs a CUDA device."""
-    marks = [
-        pytest.mark.gpu,
-        pytest.mark.skipif(
-            not torch.cuda.is_available() or INTERPRETED,
-            reason='torch.cuda.is_available() is False: no GPU',
-        ),
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or INTERPRETED,
+        reason='torch.cuda.is_available() is False: no GPU',
+    ),
+]
+in_interpreter = pytest.mark.skipif(
+    not INTERPRETED, reason='test_interpreter runs it, in a child process'
+)
+
+
+def gpu(test):
+    """Mark a test that needs a CUDA device."""
+    return on_gpu[0](on_gpu[1](test))
+
+
+def on_each_device(runs, fewer=None):
+    """Parametrise over runs on a GPU, and fewer in the slow interpreter."""
+    names = 'device', *DTYPE_AND_LAYOUT[: len(runs[0])]
+    on = [pytest.param('cuda', *run, marks=on_gpu) for run in runs]
+    on += [
+        pytest.param('interpreter', *run, marks=in_interpreter)
+        for run in fewer or runs
     ]
-    if isinstance(args[0], str):
-        return pytest.param(*args, marks=marks)
-    return marks[0](marks[1](args[0]))
+    return pytest.mark.parametrize(names, on)
 
 
-on_each_device = pytest.mark.parametrize(
-    'device',
+DTYPE_AND_LAYOUT = 'dtype', 'channels_last'
+DTYPES = [(torch.float32,), (torch.bfloat16,), (torch.float16,)]
+on_each_device_and_layout = on_each_device(
+    [(*dtype, layout) for dtype in DTYPES for layout in (False, True)],
     [
-        gpu('cuda'),
-        pytest.param(
-            'cpu',
-            id='interpreter',
-            marks=pytest.mark.skipif(
-                not INTERPRETED, reason='test_interpreter runs it, in a child'
-            ),
-        ),
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.bfloat16, False),
+        (torch.float16, True),
     ],
-)
-in_each_dtype = pytest.mark.parametrize(
-    'dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str
-)
-in_each_layout = pytest.mark.parametrize(
-    'channels_last', [False, True], ids=['NCHW', 'NHWC']
 )
 OPERATORS = {
     'carafe': reference.reassemble,
@@ -75,14 +81,15 @@ CASES = {
     'K=1': (1, 4, 3, 3, 1, 1, 2, 'sigmoid_normalized', 'logits'),
     'G=2-S=3': (2, 6, 4, 5, 3, 2, 3, 'sigmoid_normalized', 'logits'),
     'G=4-S=4': (1, 8, 2, 3, 3, 4, 4, None, 'logits'),
-    'K*K*G>384': (1, 8, 3, 4, 7, 8, 2, 'softmax', 'logits'),
-    'larger-than-every-tile': (1, 2, 2, 3, 17, 1, 2, 'softmax', 'masks'),
+    'K*K*G>384': (1, 8, 3, 4, 7, 8, 1, 'softmax', 'logits'),
+    'larger-than-every-tile': (1, 2, 2, 3, 17, 1, 1, 'softmax', 'masks'),
 }
 
 
 def problem(case, dtype, device, channels_last=False):
     """Random grad, features and weights, and the normalizer."""
     n, c, h, w, k, g, s, normalizer, form = case
+    device = device.replace('interpreter', 'cpu')
     random = torch.Generator(device).manual_seed(h * w + k)
 
     def randn(*shape):
@@ -146,16 +153,14 @@ def _bf16_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, 'create_dot', widened)
 
 
-@on_each_device
-@in_each_layout
-@in_each_dtype
+@on_each_device_and_layout
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 @for_each_operator
-def test_agrees_with_fp64(name, case, dtype, channels_last, device):
+def test_agrees_with_fp64(name, case, device, dtype, channels_last):
     check(name, arguments(name, *problem(case, dtype, device, channels_last)))
 
 
-@on_each_device
+@on_each_device([()])
 @pytest.mark.parametrize(
     ('name', 'kind', 'config'),
     [
@@ -173,8 +178,7 @@ def test_every_candidate(name, kind, config, device, monkeypatch):
     check(name, arguments(name, *problem(case, dtype, device, 'NHWC' in kind)))
 
 
-@on_each_device
-@in_each_dtype
+@on_each_device(DTYPES)
 @for_each_operator
 def test_64_bit_offsets(name, dtype, device, monkeypatch):
     """What images of 2**31 elements take, on a small one."""
@@ -182,7 +186,7 @@ def test_64_bit_offsets(name, dtype, device, monkeypatch):
     check(name, arguments(name, *problem(FPN, dtype, device)))
 
 
-@on_each_device
+@on_each_device([()])
 @for_each_operator
 def test_strides_of_slices_and_of_one_value(name, device):
     n, c, h, w, k, g, s, *_ = FPN
@@ -194,11 +198,11 @@ def test_strides_of_slices_and_of_one_value(name, device):
     features = features[:, ::2, 3:]
     weights = weights[..., 1:-2, :].flip(-1)
     # What backward() of a sum passes: one value, all strides 0.
-    grad = torch.ones((), device=device).expand(n, c, s * h, s * w)
+    grad = features.new_ones(()).expand(n, c, s * h, s * w)
     check(name, arguments(name, grad, features, weights, 'softmax'))
 
 
-@on_each_device
+@on_each_device([()])
 @for_each_operator
 def test_empty_batch(name, device):
     args = problem((0, *FPN[1:]), torch.float32, device)
@@ -207,18 +211,16 @@ def test_empty_batch(name, device):
     assert got.shape == want.shape
 
 
-@on_each_device
-@in_each_dtype
+@on_each_device(DTYPES)
 @for_each_operator
-def test_writes_every_element(name, dtype, device, deterministic):
+def test_writes_every_element(name, device, dtype, deterministic):
     """``deterministic`` fills what torch.empty returns with NaN."""
-    assert torch.empty(3, device=device).isnan().all()
     args = arguments(name, *problem(CASES['G=2-S=3'], dtype, device))
+    assert torch.empty_like(args[0]).isnan().all()
     assert getattr(kernels, name)(*args).isfinite().all()
 
 
-@on_each_device
-@in_each_dtype
+@on_each_device(DTYPES)
 @for_each_operator
 def test_twice_is_equal_to_the_bit(name, dtype, device):
     args = arguments(name, *problem(FPN, dtype, device))
@@ -304,13 +306,14 @@ def resources(kernel, path):
         text=True,
         check=True,
     ).stdout
-    return [int(x) for x in re.search(r'REG:(\d+) STACK:(\d+)', report).groups()]
+    return [
+        int(x) for x in re.search(r'REG:(\d+) STACK:(\d+)', report).groups()
+    ]
 
 
 def fpn_level(kind, channels_last):
     """P3 to P2 of 800x1344 images, on a device without storage."""
     dtype = torch.float32 if 'fp32' in kind else torch.bfloat16
-    # Random numbers have no storage to go to: torch.Generator('meta') fails.
     n, c, h, w, k, s = 8, 256, 100, 168, 5, 2
     form = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -319,14 +322,16 @@ def fpn_level(kind, channels_last):
             shape, dtype=dtype, device='meta', memory_format=form
         )
 
-    weights = reference.weights_from_logits(empty(n, k * k * s * s, h, w), k, 1, s)
+    weights = reference.weights_from_logits(
+        empty(n, k * k * s * s, h, w), k, 1, s
+    )
     return empty(n, c, s * h, s * w), empty(n, c, h, w), weights, 'softmax'
 
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
 @pytest.mark.parametrize('capability', [80, 90])
-@in_each_layout
+@pytest.mark.parametrize('channels_last', [False, True], ids=['NCHW', 'NHWC'])
 @pytest.mark.parametrize(('name', 'kind'), kernels._CANDIDATES, ids=str)
 def test_fast_paths_spill_no_registers(
     name, kind, channels_last, capability, compile_for, tmp_path, monkeypatch
@@ -342,3 +347,160 @@ def test_fast_paths_spill_no_registers(
         assert stack == 0
         banded_16_bit = config.banded and '16 bit' in kind
         assert ('mma' in kernel.asm['ptx']) == banded_16_bit
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
+@pytest.mark.parametrize(
+    'target',
+    [('cuda', 80, 32), ('cuda', 90, 32), ('hip', 'gfx942', 64)],
+    ids=['sm_80', 'sm_90', 'gfx942'],
+)
+@pytest.mark.parametrize(
+    'case', [CASES['G=2-S=3'], CASES['larger-than-every-tile']], ids=str
+)
+@for_each_operator
+def test_other_shapes_compile(name, case, target, compile_for, monkeypatch):
+    """Every normalizer, and offsets of 64 bits."""
+    monkeypatch.setattr(kernels, '_largest_offset', lambda tensors: 2**31)
+    grad, features, weights, normalizer = problem(case, torch.float16, 'cpu')
+    args = [x.to('meta') for x in (grad, features, weights)]
+    kernel = compile_for(target, name, arguments(name, *args, normalizer))
+    assert kernel.metadata.shared < 99 * 1024  # of a small GPU, sm_86
+
+
+# What only a GPU can show.
+
+
+@pytest.fixture
+def module_like():
+    """Features and logits that want gradients, and what runs on them."""
+    grad, features, logits, _ = problem(
+        (2, 64, 24, 40, 5, 1, 2, 'softmax', 'logits'), torch.float32, 'cuda'
+    )
+    logits = logits.reshape(2, 100, 24, 40)
+    inputs = features.requires_grad_(), logits.requires_grad_()
+
+    def step(f=carafe_from_logits):
+        return torch.autograd.grad(f(*inputs, 5), inputs, grad.clone())
+
+    return step, inputs, grad
+
+
+@gpu
+def test_compiles_into_one_graph(module_like):
+    step, *_ = module_like
+    compiled = torch.compile(carafe_from_logits, fullgraph=True)
+    torch.testing.assert_close(step(compiled), step())
+
+
+@gpu
+def test_cuda_graph(module_like):
+    _, (features, logits), _ = module_like
+    features, logits = features.detach(), logits.detach()
+    carafe_from_logits(features, logits, 5)  # compiles and tunes
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = carafe_from_logits(features, logits, 5)
+    features.normal_()
+    graph.replay()
+    want = reference.carafe_from_logits(features, logits, 5)
+    torch.testing.assert_close(captured, want)
+
+
+@gpu
+def test_side_stream(module_like):
+    _, (features, logits), _ = module_like
+    with torch.no_grad():
+        want = reference.carafe_from_logits(features * 2, logits, 5)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)  # the default stream overtakes
+            got = carafe_from_logits(features * 2, logits, 5)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.testing.assert_close(got, want)
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='one GPU only')
+def test_second_device():
+    args = problem(FPN, torch.float32, 'cuda:1')
+    for name in OPERATORS:
+        check(name, arguments(name, *args))
+
+
+@gpu
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, module_like):
+    _, (features, logits), _ = module_like
+    narrow = features.to(dtype), logits.to(dtype)
+    with torch.autocast('cuda', dtype):
+        got = carafe_from_logits(*narrow, 5)
+        mixed = carafe_from_logits(features, narrow[1], 5)
+    assert (got.dtype, mixed.dtype) == (dtype, torch.float32)
+    assert torch.equal(got, carafe_from_logits(*narrow, 5))
+
+
+@gpu
+def test_checkpointing(module_like):
+    step, *_ = module_like
+
+    def recomputed(*args):
+        return checkpoint(carafe_from_logits, *args, use_reentrant=False)
+
+    for got, want in zip(step(recomputed), step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@gpu
+def test_ready_masks_through_the_public_function():
+    grad, features, weights, _ = problem(
+        (2, 64, 24, 40, 5, 2, 2, None, 'logits'), torch.float32, 'cuda'
+    )
+    masks = weights.permute(0, 1, 2, 5, 3, 6, 4)  # [N, G, K*K, H, S, W, S]
+    masks = masks.reshape(2, 2 * 25, 48, 80)
+    got = carafe(features, masks, 5, 2)
+    want = reference.carafe(features.double(), masks.double(), 5, 2)
+    torch.testing.assert_close(got, want.float())
+
+
+@gpu
+@pytest.mark.parametrize(
+    'shape',
+    [(1, 32, 4099, 4200), (16, 32, 1025, 1050)],
+    ids=['image', 'batch'],
+)
+@for_each_operator
+def test_more_than_2_31_elements(name, shape):
+    """Sampled points, on the last of which the window leaves the map."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 24 * 2**30:
+        pytest.skip(f'{free >> 30} GiB of GPU memory are free, 24 are needed')
+    n, c, h, w = shape
+    args = problem((*shape, 3, 1, 2, 'softmax', 'logits'), torch.half, 'cuda')
+    assert args[0].numel() > 2**31
+    args = arguments(name, *args)
+    got = getattr(kernels, name)(*args)
+    scale = {'carafe': 2}.get(name, 1)
+    for y, x in itertools.product((1, h // 2, h - 4), (2, w - 4)):
+        # The window of a window: twice K // 2 pixels around the 4x4 sampled.
+        near = [
+            part(tensor[-1:], y, x, 2, tensor.shape[-2] // h)
+            for tensor in args[:-1]
+        ]
+        want = OPERATORS[name](*(a.double() for a in near), args[-1])
+        same_dtype = OPERATORS[name](*near, args[-1])
+        inside = min(y, 2), min(x, 2), 0, scale
+        want, same_dtype = part(want, *inside), part(same_dtype, *inside)
+        error = (part(got[-1:], y, x, 0, scale) - want).abs().max()
+        assert error <= 2 * (same_dtype - want).abs().max()
+
+
+def part(x, row, column, around, scale):
+    """The 4x4 source pixels from (row, column) on, and those around them."""
+    rows = slice(max(0, row - around) * scale, (row + 4 + around) * scale)
+    columns = slice(
+        max(0, column - around) * scale, (column + 4 + around) * scale
+    )
+    return x[..., rows, columns]

@@ -95,7 +95,7 @@ _CANDIDATES = {
     ('carafe_grad_features', '16 bit'): [
         Config(True, 64, 4, 4, 4, 2),
         Config(True, 128, 4, 4, 4, 2),
-        Config(True, 64, 4, 8, 8, 2),
+        Config(True, 128, 4, 4, 8, 2),
     ],
     ('carafe_grad_weights', 'fp32'): [
         Config(True, 16, 2, 16, 4),
@@ -317,12 +317,15 @@ def _largest_offset(tensors):
     """Within one image: the batch has a pointer of its own."""
     return max(
         max(
-            sum((size - 1) * step for size, step in dimensions[1:]),
-            math.prod(size for size, _ in dimensions[-2:]),
+            sum(
+                (size - 1) * step
+                for size, step in zip(
+                    tensor.shape[1:], tensor.stride()[1:], strict=True
+                )
+            ),
+            tensor.shape[-2] * tensor.shape[-1],
         )
-        for dimensions in (
-            list(zip(tensor.shape, tensor.stride())) for tensor in tensors
-        )
+        for tensor in tensors
     )
 
 

@@ -71,7 +71,7 @@ def _reassemble_kernel(
         real = c < C
         x_tile = x_ptr + c[:, None] * xs[1] + x_offset[None, :]
         sums = ()
-        for s in tl.static_range(SUBPIXELS):
+        for _ in tl.static_range(SUBPIXELS):
             sums += (tl.zeros((BLOCK_C, BLOCK_W), tl.float32),)
         for ky in range(K):
             dy = ky - K // 2
@@ -572,5 +572,5 @@ KERNELS = {
 
 
 def index_dtype(wide):
-    """Offsets are 32 bits wide where an image has fewer than 2**31 elements."""
+    """Offsets are as narrow as they can be: they fill registers."""
     return tl.int64 if wide else tl.int32

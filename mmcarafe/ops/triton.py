@@ -210,7 +210,7 @@ def _choose(name, features, weights, normalizer, launch):
 def _fastest(configs, launch, repeats=10):
     from triton.runtime.errors import OutOfResources
 
-    times = []
+    times = {}
     for config in configs:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         try:
@@ -224,8 +224,8 @@ def _fastest(configs, launch, repeats=10):
             launch(config)
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
-    return configs[times.index(min(times))]
+        times[config] = start.elapsed_time(end)
+    return min(times, key=times.get)
 
 
 def _fits(name, config, weights):
@@ -317,15 +317,10 @@ def _largest_offset(tensors):
     """Within one image: the batch has a pointer of its own."""
     return max(
         max(
-            sum(
-                (size - 1) * step
-                for size, step in zip(
-                    tensor.shape[1:], tensor.stride()[1:], strict=True
-                )
-            ),
-            tensor.shape[-2] * tensor.shape[-1],
+            sum((x.size(d) - 1) * x.stride(d) for d in range(1, x.dim())),
+            x.size(-2) * x.size(-1),
         )
-        for tensor in tensors
+        for x in tensors
     )
 
 

@@ -37,7 +37,8 @@ def _reassemble_kernel(
     A loaded feature serves SUBPIXELS outputs; the weight of a tap is loaded
     (and exponentiated) once per BLOCK_C channels.
     """
-    pid, block = _split(tl.program_id(0), tl.cdiv(H * W, BLOCK_W))
+    pixels = H.to(INDEX) * W
+    pid, block = _split(tl.program_id(0), tl.cdiv(pixels, BLOCK_W))
     pid, c0 = _split(pid, tl.cdiv(C, BLOCKS * BLOCK_C))
     pid, part = _split(pid, S * S // SUBPIXELS)
     n, g = _split(pid, G)
@@ -48,17 +49,17 @@ def _reassemble_kernel(
 
     # Rows are one after another, so that narrow maps fill their blocks too.
     p = block.to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
-    inside = p < H * W
+    inside = p < pixels
     h, w = p // W, p % W
     x_offset = h * xs[2] + w * xs[3]
     w_offset = h * ws[5] + w * ws[6]
 
-    starts, peaks, scales = (), (), ()
+    starts, peaks, scales = (), (), ()  # of each subpixel: [BLOCK_W]
     for s in tl.static_range(SUBPIXELS):
-        first = part * SUBPIXELS + s
+        first = (part * SUBPIXELS + s).to(INDEX)
         start = w_ptr + first // S * ws[3] + first % S * ws[4]
         peak, scale = _peak_and_scale(
-            start, ws[2], w_offset, inside, K, NORMALIZER
+            start, ws[2], w_offset, inside, K, NORMALIZER, INDEX
         )
         starts, peaks, scales = (
             starts + (start,),
@@ -86,8 +87,9 @@ def _reassemble_kernel(
                 ).to(tl.float32)  # [BLOCK_C, BLOCK_W]
                 new = ()
                 for s in tl.static_range(SUBPIXELS):
+                    tap = tl.cast(ky * K + kx, INDEX)
                     logit = tl.load(
-                        starts[s] + (ky * K + kx) * ws[2] + w_offset,
+                        starts[s] + tap * ws[2] + w_offset,
                         inside,
                         other=0,
                     ).to(tl.float32)  # [BLOCK_W]
@@ -99,7 +101,7 @@ def _reassemble_kernel(
             q = tl.arange(0, 2 * BLOCK_W)
             p2 = block.to(INDEX) * BLOCK_W + q // 2
             x2 = p2 % W * 2 + q % 2
-            mask = real[:, None] & (p2 < H * W)[None, :]
+            mask = real[:, None] & (p2 < pixels)[None, :]
             for i in tl.static_range(2):
                 y = tl.interleave(
                     sums[2 * i] * scales[2 * i][None, :],
@@ -523,6 +525,7 @@ def _peak_and_scale(
     mask,
     K: tl.constexpr,
     NORMALIZER: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """Largest logit and inverse sum: weight = _unscaled(...) * scale.
 
@@ -535,8 +538,9 @@ def _peak_and_scale(
         peak += float('-inf')
         for ky in range(K):
             for kx in tl.static_range(K):
+                tap = tl.cast(ky * K + kx, INDEX)
                 logit = tl.load(
-                    w_ptr + (ky * K + kx) * tap_stride + offset, mask, other=0
+                    w_ptr + tap * tap_stride + offset, mask, other=0
                 ).to(tl.float32)
                 if NORMALIZER == 'sigmoid_normalized':
                     logit = _log_sigmoid(logit)
@@ -544,8 +548,9 @@ def _peak_and_scale(
         total = tl.zeros_like(peak)
         for ky in range(K):
             for kx in tl.static_range(K):
+                tap = tl.cast(ky * K + kx, INDEX)
                 logit = tl.load(
-                    w_ptr + (ky * K + kx) * tap_stride + offset, mask, other=0
+                    w_ptr + tap * tap_stride + offset, mask, other=0
                 ).to(tl.float32)
                 total += _unscaled(logit, peak, NORMALIZER)
         scale = 1 / total

@@ -3,12 +3,11 @@
 import ctypes
 import importlib.metadata
 import platform
-from importlib.util import find_spec
 
 import torch
 
 import mmcarafe
-from mmcarafe.ops import cpu
+from mmcarafe.ops import cpu, triton
 
 PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'triton')
 
@@ -47,17 +46,7 @@ def cuda_report():
         if torch.version.cuda is None:
             return 'not available, because this torch was built without CUDA'
         return 'not available, because torch finds no CUDA device'
-    name = torch.cuda.get_device_name()
-    if torch._C._dispatch_has_kernel_for_dispatch_key(
-        'mmcarafe::carafe', 'CUDA'
-    ):
-        return f'Triton kernels on {name}'
-    if find_spec('triton') is None:
-        return (
-            f'PyTorch path on {name}, because triton is not installed\n'
-            '  To do: pip install triton'
-        )
-    return f'PyTorch path on {name}'
+    return f'{triton.status()} on {torch.cuda.get_device_name()}'
 
 
 def main():

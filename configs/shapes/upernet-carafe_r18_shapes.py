@@ -2,15 +2,30 @@
 # minutes. The data: python tools/dataset_converters/shapes.py data/shapes
 _base_ = 'mmseg::upernet/upernet_r18_4xb4-80k_ade20k-512x512.py'
 
-channels = 32
+channels = 64
+# Four pixels of five are background, and sticks have the fewest.
+class_weight = [0.4, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0]
 scale = (160, 160)  # half of the 320 * 320 pixels in the files
 model = dict(
     data_preprocessor=dict(size=scale),
     pretrained=None,
+    # Half of ResNet-18's widths: a third of the time of an iteration.
+    backbone=dict(base_channels=32, stem_channels=32),
     decode_head=dict(
-        type='mmcarafe.CARAFEUPerHead', channels=channels, num_classes=7
+        type='mmcarafe.CARAFEUPerHead',
+        in_channels=[32, 64, 128, 256],
+        channels=channels,
+        num_classes=7,
+        # PPM pools to one pixel, of which a batch of 4 has no statistics.
+        norm_cfg=dict(type='GN', num_groups=8),
+        loss_decode=dict(class_weight=class_weight),
     ),
-    auxiliary_head=dict(channels=channels, num_classes=7),
+    auxiliary_head=dict(
+        in_channels=128,
+        channels=channels,
+        num_classes=7,
+        loss_decode=dict(class_weight=class_weight),
+    ),
 )
 
 dataset = dict(
@@ -73,11 +88,13 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-max_iters = 400  # 4 / 3 of an epoch: 400 * 4 = 1600 of 1200 images
+max_iters = 1200  # 4 epochs: 1200 * 4 = 4800 of 1200 images
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=0.001, weight_decay=0.05),
+    optimizer=dict(_delete_=True, type='AdamW', lr=0.002, weight_decay=0.05),
     clip_grad=dict(_delete_=True, max_norm=10),
+    # The heads start from small random weights on few channels.
+    paramwise_cfg=dict(custom_keys=dict(head=dict(lr_mult=5.0))),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
@@ -91,7 +108,7 @@ param_scheduler = [
 ]
 
 default_hooks = dict(
-    logger=dict(interval=20),
+    logger=dict(interval=50),
     checkpoint=dict(interval=max_iters, max_keep_ckpts=1),
 )
 randomness = dict(seed=0)

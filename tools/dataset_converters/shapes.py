@@ -36,6 +36,7 @@ OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
 MIN_SIZE, MAX_SIZE = 0.08, 0.5  # of an object, in picture widths
 MIN_VISIBLE = 0.5  # share of an object that the ones in front may not hide
 MIN_CONTRAST = 60  # between object and background, in grey levels of 255
+USUAL_COLOUR = 0.75  # share of objects in a colour that their class prefers
 
 
 def outline(name, rng):
@@ -60,7 +61,7 @@ def outline(name, rng):
         return [polygon(4)]
     if name == 'star':
         return [polygon(10, [1, rng.uniform(0.3, 0.45)])]
-    half = rng.uniform(0.07, 0.14)
+    half = rng.uniform(0.1, 0.17)
     return [np.array([[-1, -half], [1, -half], [1, half], [-1, half]])]
 
 
@@ -97,6 +98,16 @@ def texture(colour, size, rng):
     pace = rng.uniform(-0.5, 0.5, 2)  # radians a pixel
     stripes = rng.uniform(0, 14) * np.sin(pace[0] * x + pace[1] * y)
     return blotches + (stripes[..., None] + colour).astype(np.float32)
+
+
+def choose_colour(label, rng):
+    """Mostly a hue of the class, as things have; else any colour, BGR."""
+    if rng.random() >= USUAL_COLOUR:
+        return rng.uniform(0, 255, 3)
+    # OpenCV's hues go to 180. Each class has half of its sixth of the circle.
+    hue = (label + rng.uniform(-0.25, 0.25)) * 180 / len(CLASSES) % 180
+    hsv = np.uint8([[[hue, rng.uniform(120, 255), rng.uniform(120, 255)]]])
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0].astype(float)
 
 
 def make_image(size, rng):
@@ -144,9 +155,9 @@ def make_image(size, rng):
             ],
             side,
         )
-        colour = rng.uniform(0, 255, 3)
+        colour = choose_colour(label, rng)
         while np.abs(colour - ground).max() < MIN_CONTRAST:
-            colour = rng.uniform(0, 255, 3)
+            colour = choose_colour(label, rng)
 
         whole = cover[..., 0] >= 0.5
         visible = whole & (objects[window] == 0)

@@ -14,7 +14,7 @@ READY := .venv/ready
 DETECTOR := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
 SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint sanitize
 
 setup: $(READY)
 
@@ -36,6 +36,17 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The CPU kernel's tests under AddressSanitizer and UBSan. `pytest` rather than
+# `python -m pytest`, which would find the libraries of this checkout first.
+sanitize: $(READY)
+	CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined' \
+		$(BIN)/python setup.py -q build --build-base build/sanitize \
+		--build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) \
+$$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitize/lib $(BIN)/pytest \
+		tests/test_ops_cpu.py -k 'not install and not report'
 
 data/shapes: | $(READY)
 	$(BIN)/python tools/dataset_converters/shapes.py $@

@@ -19,6 +19,7 @@ SOURCES = (
     'model-index.yml',
     'pyproject.toml',
     'setup.cfg',
+    'setup.py',
     'tools',
 )
 PIP = (sys.executable, '-m', 'pip', '--disable-pip-version-check')
@@ -126,8 +127,10 @@ def test_import_needs_torch_and_mmengine_only(installed, tmp_path):
     [('CXX', 'g++'), ('PYTHON', 'python3 python3-venv python3-dev')],
 )
 def test_setup_names_what_is_missing(tmp_path, variable, package):
-    for name in ('Makefile', 'setup.cfg'):
-        shutil.copy(ROOT / name, tmp_path)
+    # what the set-up depends on
+    (tmp_path / 'mmcarafe/ops').mkdir(parents=True)
+    for name in ('Makefile', 'setup.cfg', 'setup.py', 'mmcarafe/ops/cpu.cpp'):
+        shutil.copy(ROOT / name, tmp_path / name)
     done = subprocess.run(
         ['make', 'setup', f'{variable}=/no/such/program'],
         cwd=tmp_path,

@@ -12,6 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 READY := .venv/ready
 DETECTOR := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
+DETECTED := work_dirs/demo/detector
 SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
 
 .PHONY: setup demo test lint sanitize
@@ -19,13 +20,14 @@ SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
 setup: $(READY)
 
 demo: $(READY) data/shapes
-	$(call TRAIN_AND_TEST,$(DETECTOR),work_dirs/demo/detector)
-	$(call TRAIN_AND_TEST,$(SEGMENTOR),work_dirs/demo/segmentor)
-	@$(BIN)/python tools/analysis/summarize.py work_dirs/demo/detector
+	$(call TRAIN_AND_TEST,$(DETECTOR),$(DETECTED))
+	$(call TRAIN_AND_TEST,$(SEGMENTOR),work_dirs/demo/segmentor,\
+		--cfg-options load_from="$$(cat $(DETECTED)/last_checkpoint)")
+	@$(BIN)/python tools/analysis/summarize.py $(DETECTED)
 	@$(BIN)/python tools/analysis/summarize.py work_dirs/demo/segmentor
 
 define TRAIN_AND_TEST
-$(BIN)/python tools/train.py $(1) --work-dir $(2)
+$(BIN)/python tools/train.py $(1) --work-dir $(2) $(3)
 $(BIN)/python tools/test.py $(1) "$$(cat $(2)/last_checkpoint)" \
 	--work-dir $(2) --show-dir pictures
 endef
@@ -48,7 +50,8 @@ $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=build/sanitize/lib $(BIN)/pytest \
 		tests/test_ops_cpu.py -k 'not install and not report'
 
-data/shapes: | $(READY)
+data/shapes: tools/dataset_converters/shapes.py | $(READY)
+	rm -rf $@
 	$(BIN)/python tools/dataset_converters/shapes.py $@
 
 # The set-up runs again when a version changes or another torch is chosen.

@@ -134,19 +134,19 @@ def check_data(cfg, split):
     scope = cfg.get('default_scope')
     with DATASETS.switch_scope_and_registry(scope) as datasets:
         _check_dataset(cfg[loader].dataset, f'{loader}.dataset', datasets)
-    for each in _as_list(cfg.get(evaluator)):
+    for each in as_list(cfg.get(evaluator)):
         if isinstance(each, dict) and each.get('ann_file'):
             _check_ann_file(each.ann_file, f'{evaluator}.ann_file')
 
 
-def _as_list(value):
+def as_list(value):
     return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _check_dataset(cfg, key, datasets):
     for name in ('dataset', 'datasets'):  # RepeatDataset, ConcatDataset, ...
         if name in cfg:
-            for inner in _as_list(cfg[name]):
+            for inner in as_list(cfg[name]):
                 _check_dataset(inner, f'{key}.{name}', datasets)
             return
     with mendable(key):

@@ -56,13 +56,16 @@ def draw(cfg, args):
 
 
 def keep_predictions(cfg, out):
+    evaluators = _cli.as_list(cfg.test_evaluator)
     if cfg.default_scope == 'mmseg':
-        cfg.test_evaluator.update(output_dir=out, keep_results=True)
+        for evaluator in evaluators:
+            if evaluator.type == 'IoUMetric':
+                evaluator.update(output_dir=out, keep_results=True)
         return
     if not out.endswith(('.pkl', '.pickle')):
         _cli.fail(f'--out: expected a .pkl file for detections, got {out}')
     dump = dict(type='DumpDetResults', out_file_path=out)
-    cfg.test_evaluator = [cfg.test_evaluator, dump]
+    cfg.test_evaluator = [*evaluators, dump]
 
 
 def use_tta(cfg):

@@ -1,5 +1,7 @@
-# A real UPerNet, small enough to train from scratch on two CPU cores in a few
-# minutes. The data: python tools/dataset_converters/shapes.py data/shapes
+# A real UPerNet, small enough to train on two CPU cores in a few minutes. The
+# data: python tools/dataset_converters/shapes.py data/shapes
+# Its backbone is that of faster-rcnn_r18_fpn-carafe_shapes.py, whose checkpoint
+# can be the start: --cfg-options load_from=CHECKPOINT
 _base_ = 'mmseg::upernet/upernet_r18_4xb4-80k_ade20k-512x512.py'
 
 channels = 64
@@ -8,7 +10,7 @@ model = dict(
     data_preprocessor=dict(size=scale),
     pretrained=None,
     # Half of ResNet-18's widths: a third of the time of an iteration.
-    backbone=dict(base_channels=32, stem_channels=32),
+    backbone=dict(type='ResNet', base_channels=32, stem_channels=32),
     decode_head=dict(
         type='mmcarafe.CARAFEUPerHead',
         in_channels=[32, 64, 128, 256],
@@ -82,7 +84,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-max_iters = 1200  # 4 epochs: 1200 * 4 = 4800 of 1200 images
+max_iters = 1600  # 5.3 epochs: 1600 * 4 = 6400 of 1200 images
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=0.002, weight_decay=0.05),

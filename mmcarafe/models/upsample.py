@@ -135,8 +135,8 @@ def build_upsampler(cfg, channels, scale_factor=2, name='upsample_cfg'):
     Args:
         cfg (dict): ``type`` is ``'mmcarafe.CARAFE'``, an upsampler of mmcv's
             (``'nearest'``, ``'bilinear'``, ``'deconv'``, ``'pixel_shuffle'``,
-            ``'carafe'``), or any other registered module; the rest are its
-            arguments.
+            ``'carafe'``, which needs a GPU or :mod:`mmcarafe.drop_in`), or
+            any other registered module; the rest are its arguments.
         channels (int): C.
         scale_factor (int): S.
         name (str): what the config is called in error messages.
@@ -156,11 +156,18 @@ def build_upsampler(cfg, channels, scale_factor=2, name='upsample_cfg'):
     arguments = dict(cfg)
     kind = arguments.pop('type')
     cls = _find_class(kind, name)
+    if arguments.get('scale_factor', scale_factor) != scale_factor:
+        raise ValueError(
+            f'{name} has scale_factor {arguments["scale_factor"]}, '
+            f'expected {scale_factor}'
+        )
     if cls is nn.Upsample:
-        arguments.setdefault('mode', kind)
+        mode = kind if isinstance(kind, str) else 'nearest'
+        arguments.setdefault('mode', mode)
     elif issubclass(cls, nn.ConvTranspose2d):
         # The paper's 3×3 unless said otherwise, and S times the size exactly.
         kernel_size = arguments.setdefault('kernel_size', 3)
+        check_int(f'{name}.kernel_size', kernel_size)
         padding = max(0, (kernel_size - scale_factor + 1) // 2)
         arguments.setdefault('stride', scale_factor)
         arguments.setdefault('padding', padding)

@@ -222,6 +222,8 @@ def _check_weights(name, weights, features, channels, size):
 
 
 def _autocast_enabled(device_type):
+    if device_type not in ('cpu', 'cuda'):  # where the rule is registered
+        return False
     if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
         return torch.is_autocast_enabled(device_type)
     if device_type == 'cpu':
@@ -331,7 +333,8 @@ def _autograd_grad_features(grad, weights, normalizer):
     if not torch.is_grad_enabled():
         with torch._C._AutoDispatchBelowAutograd():
             return _OPS.carafe_grad_features(grad, weights, normalizer)
-    weights = reference.normalize(weights, normalizer)
+    # autocast may widen what is normalised here
+    weights = reference.normalize(weights, normalizer).to(grad.dtype)
     return _GradFeatures.apply(grad, weights)
 
 

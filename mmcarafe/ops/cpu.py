@@ -100,6 +100,11 @@ class Kernel:
         grad_weights=None,
         statistics=None,
     ):
+        if not low.dtype == high.dtype == weights.dtype:
+            raise TypeError(
+                f'{name} got {low.dtype}, {high.dtype} and {weights.dtype}, '
+                'expected one dtype'
+            )
         n, groups, taps, s, _, height, width = weights.shape
         if n == 0:
             return

@@ -1,7 +1,7 @@
 # A real UPerNet, small enough to train on two CPU cores in a few minutes. The
 # data: python tools/dataset_converters/shapes.py data/shapes
-# The backbone is that of faster-rcnn_r18_fpn-carafe_shapes.py, whose checkpoint
-# may be the start: --cfg-options load_from=CHECKPOINT
+# The backbone is that of faster-rcnn_r18_fpn-carafe_shapes.py; a checkpoint of
+# that may be the start: --cfg-options load_from=CHECKPOINT
 _base_ = 'mmseg::upernet/upernet_r18_4xb4-80k_ade20k-512x512.py'
 
 channels = 64

@@ -107,6 +107,37 @@ def test_reference_normalises_as_the_definition(case, normalizer):
     )
 
 
+@all_cases
+@all_normalizers
+@all_layouts
+def test_reference_gradients_equal_autograds(case, normalizer, layout):
+    """The closed forms, against autograd through the forward."""
+    features = randn(*case.features_shape)
+    logits = randn(*case.logits_shape)
+    grad = randn(case.n, case.c, case.s * case.h, case.s * case.w)
+    _, expected_features, expected_logits = forward_and_gradients(
+        reference.carafe_from_logits,
+        features,
+        logits,
+        grad,
+        *case.arguments,
+        normalizer,
+    )
+    features, logits, grad = map(layout, (features, logits, grad))
+    weights = reference.weights_from_logits(logits, *case.arguments)
+    for result, expected in (
+        (
+            reference.grad_features(grad, weights, normalizer),
+            expected_features,
+        ),
+        (
+            reference.grad_weights(grad, features, weights, normalizer),
+            expected_logits.view(weights.shape),
+        ),
+    ):
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
+
+
 # The operator, against the reference
 
 
@@ -261,21 +292,34 @@ def test_every_element_is_written(layout):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('scale_factor', [1, 2])
-def test_extra_memory_is_at_most_three_outputs(dtype, scale_factor):
+@pytest.mark.parametrize('path', ['operator', 'reference'])
+def test_extra_memory_is_at_most_three_outputs(path, dtype, scale_factor):
     """Of any of the three operators, its own result apart."""
     case = Case(1, 256, 25, 42, s=scale_factor)
     features = randn(*case.features_shape, dtype=dtype)
     weights = reference.weights_from_logits(
         randn(*case.logits_shape, dtype=dtype), *case.arguments
     )
-    op = torch.ops.mmcarafe
-    out = op.carafe(features, weights, 'softmax')
+    if path == 'operator':
+        op = torch.ops.mmcarafe
+        forward, to_features, to_weights = (
+            op.carafe,
+            op.carafe_grad_features,
+            op.carafe_grad_weights,
+        )
+    else:
+        forward, to_features, to_weights = (
+            reference.reassemble,
+            reference.grad_features,
+            reference.grad_weights,
+        )
+    out = forward(features, weights, 'softmax')
     limit = 3 * out.nbytes
     grad = torch.ones_like(out)
     for run in (
-        lambda: op.carafe(features, weights, 'softmax'),
-        lambda: op.carafe_grad_features(grad, weights, 'softmax'),
-        lambda: op.carafe_grad_weights(grad, features, weights, 'softmax'),
+        lambda: forward(features, weights, 'softmax'),
+        lambda: to_features(grad, weights, 'softmax'),
+        lambda: to_weights(grad, features, weights, 'softmax'),
     ):
         with torch.profiler.profile(profile_memory=True) as profiler:
             result = run()

@@ -6,7 +6,6 @@ __version__ = '0.1.0'
 __all__ = ['CARAFE', 'CARAFEFPN', 'CARAFEUPerHead']
 
 _NEEDS = dict(
-    CARAFE='mmengine',
     CARAFEFPN='mmdet',
     CARAFEUPerHead='mmseg with ftfy and regex',
 )

@@ -46,7 +46,7 @@ def draw(cfg, args):
     else:
         # mmseg leaves the folder to the visualizer, which has WORK_DIR/
         # TIMESTAMP/vis_data, and by default draws one batch in fifty.
-        hook.interval = 1
+        hook.setdefault('interval', 1)
         cfg.visualizer.vis_backends = [
             dict(
                 type='LocalVisBackend',

@@ -3,10 +3,17 @@
 import importlib
 
 __version__ = '0.1.0'
-__all__ = ['CARAFE', 'CARAFEFPN', 'CARAFEUPerHead']
+__all__ = [
+    'CARAFE',
+    'CARAFEFPN',
+    'CARAFEPAFPN',
+    'CARAFEUPerHead',
+    'swap_upsample',
+]
 
 _NEEDS = dict(
     CARAFEFPN='mmdet',
+    CARAFEPAFPN='mmdet',
     CARAFEUPerHead='mmseg with ftfy and regex',
 )
 

@@ -1,15 +1,13 @@
-"""The feature pyramid whose top-down step is a module of one's choice."""
+"""mmdet's feature pyramids with any upsampler in their top-down path."""
 
-import torch.nn.functional as F
-from mmdet.models.necks import FPN
-from mmengine.model import ModuleList
+from mmdet.models.necks import FPN, PAFPN
 
-from mmcarafe.models.upsample import build_upsampler, fit
+from mmcarafe.models.top_down import TopDown
 from mmcarafe.registry import MODELS
 
 
 @MODELS.register_module()
-class CARAFEFPN(FPN):
+class CARAFEFPN(TopDown, FPN):
     """mmdet's FPN with CARAFE where it upsamples (section 4.1 of the paper).
 
     ``upsample_modules[i]`` upsamples the merged level ``i + 1``, which is then
@@ -27,47 +25,18 @@ class CARAFEFPN(FPN):
     ):
         super().__init__(*args, **kwargs)
         self.upsample_cfg = upsample_cfg
-        self.upsample_modules = ModuleList(
-            build_upsampler(upsample_cfg, self.out_channels)
-            for _ in self.lateral_convs[1:]
-        )
+        self.build_upsamplers(upsample_cfg)
 
-    def forward(self, inputs):
-        """Merge the backbone's levels top-down.
 
-        Args:
-            inputs (tuple[Tensor[N, C_i, H_i, W_i]]): one map per entry of
-                ``in_channels``, finest first.
+@MODELS.register_module()
+class CARAFEPAFPN(CARAFEFPN, PAFPN):
+    """mmdet's PAFPN with CARAFE where it upsamples; see :class:`CARAFEFPN`."""
 
-        Returns:
-            tuple[Tensor[N, C, H_i, W_i]]: ``num_outs`` maps, finest first.
-        """
-        if len(inputs) != self.num_ins:
-            raise ValueError(
-                f'inputs has {len(inputs)} levels, expected {self.num_ins}, '
-                'one per entry of in_channels'
-            )
-        used = inputs[self.start_level : self.backbone_end_level]
-        laterals = [conv(x) for conv, x in zip(self.lateral_convs, used)]
-        for i in range(len(laterals) - 1, 0, -1):
-            upsampled = self.upsample_modules[i - 1](laterals[i])
-            size = laterals[i - 1].shape[2:]
-            laterals[i - 1] = laterals[i - 1] + fit(upsampled, size)
-
-        outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals)]
-        extra_convs = self.fpn_convs[len(laterals) :]
-        if self.add_extra_convs:
-            source = {
-                'on_input': used[-1],
-                'on_lateral': laterals[-1],
-                'on_output': outs[-1],
-            }[self.add_extra_convs]
-            for i, conv in enumerate(extra_convs):
-                if i > 0 and self.relu_before_extra_convs:
-                    source = F.relu(source)
-                source = conv(source)
-                outs.append(source)
-        else:
-            while len(outs) < self.num_outs:
-                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
-        return tuple(outs)
+    def convolve(self, laterals):
+        levels = super().convolve(laterals)
+        for i, conv in enumerate(self.downsample_convs):
+            levels[i + 1] = levels[i + 1] + conv(levels[i])
+        return [
+            levels[0],
+            *(conv(x) for conv, x in zip(self.pafpn_convs, levels[1:])),
+        ]

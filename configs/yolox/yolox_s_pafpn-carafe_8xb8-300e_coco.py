@@ -1,0 +1,3 @@
+_base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
+
+model = dict(neck=dict(type='mmcarafe.swap_upsample', of='YOLOXPAFPN'))

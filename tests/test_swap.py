@@ -1,0 +1,235 @@
+"""swap_upsample, against the modules whose interpolation it replaces."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.testing import assert_close
+
+import mmcarafe
+from mmcarafe import CARAFE, swap_upsample
+
+CHANNELS = [8, 16, 32]
+CARAFE_CFG = dict(type='mmcarafe.CARAFE', compressed_channels=4)
+
+
+def levels(sizes=((16, 24), (8, 12), (4, 6)), channels=CHANNELS):
+    return tuple(torch.randn(2, c, *s) for c, s in zip(channels, sizes))
+
+
+def build(scope, **cfg):
+    pytest.importorskip(scope)
+    init_default_scope(scope)
+    return MODELS.build(cfg).eval()
+
+
+def fpn(scope='mmdet', **cfg):
+    defaults = dict(
+        type='FPN', in_channels=CHANNELS, out_channels=8, num_outs=5
+    )
+    return build(scope, **{**defaults, **cfg})
+
+
+def pafpn(**cfg):
+    return fpn(type='PAFPN', **cfg)
+
+
+def yolox(**cfg):
+    defaults = dict(
+        type='YOLOXPAFPN',
+        in_channels=CHANNELS,
+        out_channels=8,
+        num_csp_blocks=1,
+    )
+    return build('mmdet', **{**defaults, **cfg})
+
+
+def fpn_head():
+    return build(
+        'mmseg',
+        type='FPNHead',
+        in_channels=CHANNELS,
+        in_index=[0, 1, 2],
+        feature_strides=[4, 8, 16],
+        channels=8,
+        num_classes=3,
+    )
+
+
+NEAREST = {
+    'fpn': fpn,
+    'fpn_relu': lambda: fpn(
+        add_extra_convs='on_input', relu_before_extra_convs=True
+    ),
+    'pafpn': pafpn,
+    'pafpn_on_input': lambda: pafpn(
+        add_extra_convs='on_input', relu_before_extra_convs=True
+    ),
+    'pafpn_on_lateral': lambda: pafpn(add_extra_convs='on_lateral'),
+    'pafpn_on_output': lambda: pafpn(
+        add_extra_convs='on_output', start_level=1, num_outs=4
+    ),
+    'yolox': yolox,
+    'cspnext': lambda: yolox(type='CSPNeXtPAFPN'),
+    'seg_fpn': lambda: fpn('mmseg'),
+    'seg_fpn_on_output': lambda: fpn('mmseg', add_extra_convs='on_output'),
+}
+
+
+@pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated')
+@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False')
+@pytest.mark.parametrize('name', [*NEAREST, 'fpn_head'])
+def test_only_the_upsampling_changes(name):
+    """With the interpolation that was there, all is as it was."""
+    model = NEAREST.get(name, fpn_head)()
+    mode = 'bilinear' if name == 'fpn_head' else 'nearest'
+    inputs = levels()
+    with torch.no_grad():
+        expected = model(inputs)
+        names = set(model.state_dict())
+        assert swap_upsample(model, dict(type=mode)) is model
+        assert_close(model(inputs), expected, rtol=0, atol=0)
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated')
+@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False')
+@pytest.mark.parametrize('name', [*NEAREST, 'fpn_head'])
+def test_carafe_learns(name):
+    model = NEAREST.get(name, fpn_head)().train()
+    names = set(model.state_dict())
+    swap_upsample(model, CARAFE_CFG)
+    model.init_weights()
+    added = [m for m in model.modules() if isinstance(m, CARAFE)]
+    assert added
+    for module in added:
+        assert module.training
+        std = module.content_encoder.weight.std().item()
+        assert std == pytest.approx(0.001, rel=0.1)
+    assert names < set(model.state_dict())
+    outs = model(levels())
+    sum(x.sum() for x in outs).backward()
+    if name != 'fpn_head' and not name.startswith('seg'):
+        copy.deepcopy(model).load_state_dict(model.state_dict())
+    for parameter in (p for m in added for p in m.parameters()):
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.any()
+
+
+@pytest.mark.parametrize('name', ['fpn', 'pafpn', 'seg_fpn'])
+def test_odd_sizes(name):
+    model = swap_upsample(NEAREST[name](), CARAFE_CFG)
+    outs = model(levels([(25, 33), (13, 17), (7, 9)]))
+    assert [tuple(x.shape[2:]) for x in outs[:3]] == [
+        (25, 33),
+        (13, 17),
+        (7, 9),
+    ]
+
+
+def test_fpn_becomes_carafe_fpn():
+    model = swap_upsample(fpn(), CARAFE_CFG)
+    assert type(model) is mmcarafe.CARAFEFPN
+    assert type(swap_upsample(pafpn())) is mmcarafe.CARAFEPAFPN
+
+
+def test_pafpn_of_a_config():
+    cfg = dict(type='mmcarafe.CARAFEPAFPN', upsample_cfg=dict(type='nearest'))
+    plain = pafpn()
+    model = fpn(**cfg)
+    model.load_state_dict(plain.state_dict())
+    inputs = levels()
+    assert_close(model(inputs), plain(inputs), rtol=0, atol=0)
+
+
+def test_upsampling_layers_in_a_sequence():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Upsample(None, 4.0)),
+        nn.Upsample(scale_factor=(2, 2)),
+        nn.Upsample(scale_factor=1.5),
+        nn.Upsample(size=(7, 7)),
+    ).double()
+    swap_upsample(model, CARAFE_CFG)
+    inner, outer = model[1][2], model[2]
+    assert (inner.channels, inner.scale_factor) == (6, 4)
+    assert (outer.channels, outer.scale_factor) == (6, 2)
+    assert inner.content_encoder.weight.dtype == torch.float64
+    assert isinstance(model[3], nn.Upsample)
+    assert isinstance(model[4], nn.Upsample)
+    x = torch.randn(1, 3, 2, 5, dtype=torch.float64)
+    assert model(x).shape == (1, 6, 7, 7)
+
+
+def test_a_whole_model(caplog):
+    model = nn.ModuleDict(dict(neck=pafpn(), head=nn.Conv2d(8, 1, 1)))
+    swap_upsample(model, CARAFE_CFG)
+    assert len(model.neck.upsample_modules) == 2
+
+
+def test_in_a_config():
+    """The module's own upsample_cfg, as the base config has it, may stay."""
+    neck = yolox(
+        type='mmcarafe.swap_upsample',
+        of='YOLOXPAFPN',
+        upsample_cfg=dict(scale_factor=2, mode='nearest'),
+        upsampler=CARAFE_CFG,
+    )
+    assert {m.channels for m in neck.modules() if isinstance(m, CARAFE)} == {
+        8,
+        16,
+    }
+
+
+@pytest.mark.parametrize('of', ['SSDNeck', 'YOLOV3Neck'])
+def test_what_is_unknown(of):
+    cfg = dict(
+        SSDNeck=dict(
+            in_channels=[8, 16],
+            out_channels=[8, 16, 16],
+            level_strides=[2],
+            level_paddings=[1],
+        ),
+        YOLOV3Neck=dict(
+            num_scales=2, in_channels=[16, 8], out_channels=[8, 4]
+        ),
+    )[of]
+    with pytest.raises(
+        ValueError,
+        match=f'{of} holds no upsampling .* mmdet.YOLOXPAFPN.* write a '
+        'subclass that calls mmcarafe.models.upsample.build_upsampler',
+    ):
+        swap_upsample(build('mmdet', type=of, **cfg))
+
+
+def test_subclasses_are_unknown():
+    """They may interpolate elsewhere."""
+    model = pafpn()
+    model.__class__ = type('Mine', (type(model),), {})
+    with pytest.raises(ValueError, match='Mine holds no upsampling'):
+        swap_upsample(model)
+
+
+def test_a_wrong_config_leaves_the_model():
+    model = nn.Sequential(
+        pafpn(), nn.Conv2d(8, 8, 1), nn.Upsample(scale_factor=2)
+    )
+    before = str(model)
+    with pytest.raises(ValueError, match='up_kernel is 4'):
+        swap_upsample(model, dict(type='mmcarafe.CARAFE', up_kernel=4))
+    # the first upsampler can be built, the last cannot
+    with pytest.raises(ValueError, match='up_group is 4'):
+        swap_upsample(
+            nn.Sequential(
+                nn.Conv2d(8, 8, 1),
+                nn.Upsample(None, 2),
+                nn.Conv2d(8, 6, 1),
+                nn.Upsample(None, 2),
+            ),
+            dict(type='mmcarafe.CARAFE', up_group=4),
+        )
+    assert str(model) == before
+    with pytest.raises(TypeError, match='model is a dict, expected an nn.Mod'):
+        swap_upsample(dict())

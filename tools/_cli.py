@@ -21,6 +21,15 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import import_modules_from_strings
 
 import mmcarafe.checkpoint  # noqa: F401  (weights only, from here on)
+import mmcarafe.registry  # noqa: F401  (so that mmseg:: is found)
+
+CFG_OPTIONS = dict(
+    nargs='+',
+    action=DictAction,
+    metavar='KEY=VALUE',
+    help='settings that replace those of the config, e.g. '
+    'train_dataloader.batch_size=4 key="[(a,b),(c,d)]" (no blanks)',
+)
 
 
 def make_parser(description):
@@ -31,14 +40,7 @@ def make_parser(description):
         help='folder for logs, checkpoints and results '
         '(default: what the config says, else work_dirs/CONFIG)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config, e.g. '
-        'train_dataloader.batch_size=4 key="[(a,b),(c,d)]" (no blanks)',
-    )
+    parser.add_argument('--cfg-options', **CFG_OPTIONS)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -76,6 +78,18 @@ def mendable(what):
 
 def load_config(args, *needed):
     """The config, with what the command line says in it."""
+    cfg = read_config(args, *needed)
+    name = osp.splitext(osp.basename(args.config))[0]
+    cfg.work_dir = (
+        args.work_dir or cfg.get('work_dir') or osp.join('work_dirs', name)
+    )
+    cfg.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return cfg
+
+
+def read_config(args, *needed):
+    """The config file, with --cfg-options, and with the keys that it needs."""
     if not osp.isfile(args.config):
         fail(f'config: there is no file {args.config}')
     with mendable(f'config {args.config}'):
@@ -89,13 +103,6 @@ def load_config(args, *needed):
     for key in needed:
         if not cfg.get(key):
             fail(f'config {args.config} has no {key}')
-
-    name = osp.splitext(osp.basename(args.config))[0]
-    cfg.work_dir = (
-        args.work_dir or cfg.get('work_dir') or osp.join('work_dirs', name)
-    )
-    cfg.launcher = args.launcher
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg
 
 

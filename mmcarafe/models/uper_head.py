@@ -6,6 +6,7 @@ from mmseg.models.decode_heads import UPerHead
 from mmseg.models.utils import resize
 
 from mmcarafe.models.upsample import build_upsampler, fit
+from mmcarafe.ops import export
 from mmcarafe.registry import MODELS
 
 UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')
@@ -93,7 +94,7 @@ class CARAFEUPerHead(UPerHead):
         for pool, upsampler in zip(
             self.psp_modules, self.ppm_upsample_modules
         ):
-            pooled = pool(x)
+            pooled = _pool(pool, x)
             if upsampler is not None:
                 pooled = self._resize(pooled, half)
             outs.append(self._upsample(pooled, size, upsampler))
@@ -136,6 +137,14 @@ class CARAFEUPerHead(UPerHead):
         return resize(
             x, size=size, mode='bilinear', align_corners=self.align_corners
         )
+
+
+def _pool(pool, x):
+    if not torch.onnx.is_in_onnx_export():
+        return pool(x)
+    average, conv = pool
+    bins = average.output_size
+    return conv(export.adaptive_avg_pool2d(x, (bins, bins)))
 
 
 def _build(cfg, channels, name):

@@ -28,7 +28,7 @@ any order exist.
 import torch
 from torch import Tensor
 
-from mmcarafe.ops import reference
+from mmcarafe.ops import export, reference
 
 NORMALIZERS = ('softmax', 'sigmoid_normalized', 'sigmoid', None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -77,7 +77,9 @@ def carafe(
     weights = reference.weights_from_masks(
         masks, kernel_size, group_size, scale_factor
     )
-    return torch.ops.mmcarafe.carafe(features, weights, None)
+    return _reassemble(
+        features, weights, None, kernel_size, group_size, scale_factor
+    )
 
 
 def carafe_from_logits(
@@ -126,6 +128,17 @@ def carafe_from_logits(
     weights = reference.weights_from_logits(
         logits, kernel_size, group_size, scale_factor
     )
+    return _reassemble(
+        features, weights, normalizer, kernel_size, group_size, scale_factor
+    )
+
+
+def _reassemble(features, weights, normalizer, *hyperparameters):
+    if torch.onnx.is_in_onnx_export():
+        # whose exporters may trace shapes, hence K, G and S as plain ints
+        return export.reassemble(
+            features, weights, normalizer, *hyperparameters
+        )
     return torch.ops.mmcarafe.carafe(features, weights, normalizer)
 
 

@@ -53,12 +53,12 @@ def weights_from_logits(logits, kernel_size, group_size, scale_factor):
 
 def reassemble(features, weights, normalizer):
     """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``."""
-    w = normalize(_accumulable(weights), normalizer)
+    w = normalize(accumulable(weights), normalizer)
     out = empty_map(features, features.shape[1], weights.shape[3])
     x = _split_groups(features, w.shape[1])  # [N, G, C/G, H, W]
     y = _split_subpixels(out, w)  # [N, G, C/G, S, S, H, W]
     for c in range(0, x.shape[2], _CHUNK):
-        x_c = _accumulable(x[:, :, c : c + _CHUNK, None, None])
+        x_c = accumulable(x[:, :, c : c + _CHUNK, None, None])
         y_c = y[:, :, c : c + _CHUNK]
         acc = torch.zeros(y_c.shape, dtype=w.dtype, device=w.device)
         for k, here, there in _taps(w):
@@ -69,12 +69,12 @@ def reassemble(features, weights, normalizer):
 
 def grad_features(grad, weights, normalizer):
     """Gather ``grad [N, C, S*H, S*W]`` back to ``[N, C, H, W]``."""
-    w = normalize(_accumulable(weights), normalizer)
+    w = normalize(accumulable(weights), normalizer)
     out = empty_map(grad, grad.shape[1], 1, w.shape[-2:])
     x = _split_groups(out, w.shape[1])  # [N, G, C/G, H, W]
     g = _split_subpixels(grad, w)  # [N, G, C/G, S, S, H, W]
     for c in range(0, x.shape[2], _CHUNK):
-        g_c = _accumulable(g[:, :, c : c + _CHUNK])
+        g_c = accumulable(g[:, :, c : c + _CHUNK])
         x_c = x[:, :, c : c + _CHUNK]
         acc = torch.zeros(x_c.shape, dtype=w.dtype, device=w.device)
         for k, here, there in _taps(w):
@@ -85,13 +85,13 @@ def grad_features(grad, weights, normalizer):
 
 def grad_weights(grad, features, weights, normalizer):
     """Correlate ``grad`` and features to ``[N, G, K*K, S, S, H, W]``."""
-    logits = _accumulable(weights)
+    logits = accumulable(weights)
     acc = torch.zeros_like(logits)
     x = _split_groups(features, weights.shape[1])  # [N, G, C/G, H, W]
     g = _split_subpixels(grad, weights)  # [N, G, C/G, S, S, H, W]
     for c in range(0, x.shape[2], _CHUNK):
-        x_c = _accumulable(x[:, :, c : c + _CHUNK, None, None])
-        g_c = _accumulable(g[:, :, c : c + _CHUNK])
+        x_c = accumulable(x[:, :, c : c + _CHUNK, None, None])
+        g_c = accumulable(g[:, :, c : c + _CHUNK])
         for k, here, there in _taps(weights):
             acc[:, :, k][here] += (g_c[here] * x_c[there]).sum(2)
     grad_logits = normalize_backward(acc, logits, normalizer)
@@ -165,7 +165,7 @@ def _taps(weights):
             yield k, here, there
 
 
-def _accumulable(x):
+def accumulable(x):
     """fp16 and bf16 accumulate in fp32, fp32 in fp32, fp64 in fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

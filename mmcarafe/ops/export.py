@@ -1,0 +1,51 @@
+"""What exporters to ONNX get instead: standard operators, dynamic sizes.
+
+CARAFE becomes Pad, Slice, Mul, Add and DepthToSpace, without a K*K-fold copy
+of the features.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from mmcarafe.ops import reference
+
+
+def reassemble(
+    features, weights, normalizer, kernel_size, group_size, scale_factor
+):
+    """See :func:`mmcarafe.ops.reference.reassemble`."""
+    height, width = weights.shape[-2:]
+    r = kernel_size // 2
+    w = reference.normalize(reference.accumulable(weights), normalizer)
+    w = w.flatten(3, 4)  # [N, G, K*K, S*S, H, W]
+    x = F.pad(reference.accumulable(features), (r, r, r, r))
+    x = x.unflatten(1, (group_size, -1, 1))  # [N, G, C/G, 1, H+2r, W+2r]
+    y = 0
+    for k in range(kernel_size**2):
+        top, left = divmod(k, kernel_size)
+        y = y + (
+            x[..., top : top + height, left : left + width] * w[:, :, k, None]
+        )  # [N, G, C/G, S*S, H, W]
+    y = y.flatten(1, 3)  # [N, C*S*S, H, W]
+    return F.pixel_shuffle(y, scale_factor).to(features.dtype)
+
+
+def adaptive_avg_pool2d(x, size):
+    """``F.adaptive_avg_pool2d`` as two matrix products.
+
+    ONNX has no such pooling for a map whose size is known at run time only.
+    """
+    rows, columns = (
+        _averages(bins, length, x) for bins, length in zip(size, x.shape[2:])
+    )
+    return rows @ x @ columns.transpose(0, 1)
+
+
+def _averages(bins, length, like):
+    """Matrix ``[bins, length]`` of which each row averages one bin."""
+    i = torch.arange(bins, device=like.device)[:, None]
+    first = i * length // bins
+    behind = ((i + 1) * length + bins - 1) // bins
+    j = torch.arange(length, device=like.device)
+    inside = ((first <= j) & (j < behind)).to(like.dtype)
+    return inside / (behind - first)

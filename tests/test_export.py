@@ -1,0 +1,288 @@
+"""torch.compile, torch.export and ONNX, for sizes unknown beforehand."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.testing import assert_close
+
+from mmcarafe import CARAFE
+from mmcarafe.ops import carafe, export
+
+UPERNET = 'configs/shapes/upernet-carafe_r18_shapes.py'
+SIZES = [(2, 97, 131), (1, 64, 96), (3, 33, 250)]  # N, H, W
+
+needs_export = pytest.mark.skipif(
+    not hasattr(torch.export, 'Dim')
+    or not hasattr(torch.export.Dim, 'DYNAMIC'),
+    reason='torch.export of this torch has no Dim.DYNAMIC',
+)
+needs_onnx = pytest.mark.skipif(
+    importlib.util.find_spec('onnxruntime') is None,
+    reason='onnxruntime is not installed',
+)
+
+
+class Masks(nn.Module):
+    """The operator on ready masks, made of its input."""
+
+    def forward(self, x):
+        masks = x[:, :1].repeat(1, 9, 1, 1).repeat_interleave(2, 2)
+        return carafe(x, masks.repeat_interleave(2, 3).softmax(1), 3)
+
+
+class Detector(nn.Module):
+    """A backbone, so that the levels' sizes belong together, and the neck."""
+
+    def __init__(self):
+        super().__init__()
+        from mmdet.models import ResNet
+
+        from mmcarafe import CARAFEFPN
+
+        init_default_scope('mmdet')
+        self.backbone = ResNet(18, base_channels=8, stem_channels=8)
+        self.neck = CARAFEFPN([8, 16, 32, 64], 8, 5)
+
+    def forward(self, image):
+        return self.neck(self.backbone(image))
+
+
+def module(**kwargs):
+    defaults = dict(channels=8, compressed_channels=4)
+    return CARAFE(**{**defaults, **kwargs}), 8
+
+
+def neck():
+    pytest.importorskip('mmdet')
+    return Detector(), 3
+
+
+def head():
+    pytest.importorskip('mmseg')
+    cfg = Config.fromfile(ROOT / UPERNET)
+    init_default_scope('mmseg')
+    return MODELS.build(dict(cfg.model, auxiliary_head=None)), 3
+
+
+MODELS_OF = {
+    'module': module,
+    'two_groups': lambda: module(up_group=2, normalizer='sigmoid_normalized'),
+    'times_three': lambda: module(
+        scale_factor=3, up_kernel=3, normalizer='sigmoid', out_channels=4
+    ),
+    'ready_masks': lambda: (Masks(), 8),
+    'neck': neck,
+    'head': head,
+}
+for_each_model = pytest.mark.parametrize('name', MODELS_OF)
+# mmseg's, whenever one of its heads is built
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated'),
+    pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False'),
+]
+
+
+def build(name):
+    """A model whose kernels differ from pixel to pixel, and its inputs."""
+    model, channels = MODELS_OF[name]()
+    for parameter_name, parameter in model.named_parameters():
+        if 'content_encoder.weight' in parameter_name:
+            nn.init.normal_(parameter, std=0.1)
+    images = [torch.randn(n, channels, h, w) for n, h, w in SIZES]
+    return model.eval(), images
+
+
+def dynamic():
+    auto = torch.export.Dim.DYNAMIC
+    return ({0: auto, 2: auto, 3: auto},)
+
+
+@for_each_model
+def test_compiles_into_one_graph_for_all_sizes(name):
+    model, images = build(name)
+    graphs = 0
+
+    def backend(graph, example):
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend=backend
+    )
+    with torch.no_grad():
+        for image in images:
+            assert_close(compiled(image), model(image))
+    assert graphs == 1
+
+
+@needs_export
+@for_each_model
+def test_torch_export(name):
+    model, images = build(name)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (images[0],), dynamic_shapes=dynamic()
+        )
+        targets = {str(node.target) for node in program.graph.nodes}
+        assert 'mmcarafe.carafe.default' in targets
+        for image in images:
+            assert_close(program.module()(image), model(image))
+
+
+@pytest.fixture
+def export_onnx(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    import export_onnx
+
+    return export_onnx
+
+
+@needs_onnx
+@pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
+@for_each_model
+def test_onnx(name, exporter, export_onnx, tmp_path):
+    import onnx
+    import onnxruntime
+
+    if exporter == 'dynamo' and not export_onnx.has_dynamo():
+        pytest.skip('this torch has the old exporter only')
+    model, images = build(name)
+    file = str(tmp_path / 'model.onnx')
+    outputs = [f'level{i}' for i in range(5)] if name == 'neck' else ['out']
+    export_onnx.export(model, images[0], file, exporter, 17, outputs)
+    proto = onnx.load(file)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [('', 17)]
+    assert {node.domain for node in proto.graph.node} == {''}
+    assert not proto.functions
+    session = onnxruntime.InferenceSession(
+        file, providers=['CPUExecutionProvider']
+    )
+    for image in images:
+        with torch.no_grad():
+            expected = model(image)
+        if isinstance(expected, torch.Tensor):
+            expected = [expected]
+        (given,) = session.get_inputs()
+        outs = session.run(None, {given.name: image.numpy()})
+        assert len(outs) == len(expected)
+        for out, want in zip(outs, expected):
+            assert_close(torch.from_numpy(out), want, rtol=0, atol=1e-5)
+
+
+@needs_onnx
+def test_onnx_holds_no_unfolded_features(export_onnx, tmp_path):
+    """No value is larger than the output; an unfold's would be 6 times."""
+    import onnx
+
+    model, _ = module(channels=32)
+    file = str(tmp_path / 'model.onnx')
+    image = torch.zeros(1, 32, 8, 8)
+    export_onnx.export(model.eval(), image, file, 'torchscript', 17)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(file)).graph
+    sizes = [
+        torch.Size(d.dim_value for d in v.type.tensor_type.shape.dim).numel()
+        for v in graph.value_info
+    ]
+    assert len(sizes) > 25
+    assert max(sizes) == 32 * 16 * 16
+
+
+@pytest.mark.parametrize('size', [(1, 1), (2, 5), (4, 6), (7, 13)])
+@pytest.mark.parametrize('bins', [1, 2, 3, 6])
+def test_adaptive_pooling(bins, size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    want = nn.functional.adaptive_avg_pool2d(x, bins)
+    assert_close(export.adaptive_avg_pool2d(x, (bins, bins)), want)
+
+
+def run_tool(*args):
+    return subprocess.run(
+        [sys.executable, ROOT / 'tools/export_onnx.py', *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@needs_onnx
+@pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
+def test_tool(exporter, export_onnx, tmp_path):
+    pytest.importorskip('mmseg')
+    if exporter == 'dynamo' and not export_onnx.has_dynamo():
+        pytest.skip('this torch has the old exporter only')
+    import onnxruntime
+    from mmseg.apis import inference_model, init_model
+
+    cfg = Config.fromfile(ROOT / UPERNET)
+    cfg.model.pretrained = None
+    cfg.test_pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='PackSegInputs'),
+    ]
+    cfg.test_dataloader.dataset.pipeline = cfg.test_pipeline
+    model = init_model(cfg, device='cpu')
+    checkpoint = tmp_path / 'weights.pth'
+    torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
+    out = tmp_path / 'model.onnx'
+    process = run_tool(
+        *(UPERNET, checkpoint, '--out', out, '--exporter', exporter)
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count('largest difference') == 3
+
+    image = torch.randint(256, (70, 101, 3), dtype=torch.uint8).numpy()
+    session = onnxruntime.InferenceSession(out)
+    blob = image.transpose(2, 0, 1)[None].astype('float32')
+    (logits,) = session.run(None, dict(image=blob))
+    expected = inference_model(model, image).seg_logits.data
+    assert_close(torch.from_numpy(logits[0]), expected, rtol=0, atol=1e-5)
+
+
+@needs_onnx
+def test_tool_writes_nothing_when_the_check_fails(
+    export_onnx, tmp_path, monkeypatch
+):
+    pytest.importorskip('mmseg')
+    segment = export_onnx.segment
+    monkeypatch.setattr(
+        export_onnx, 'segment', lambda *args: segment(*args) + 1e-4
+    )
+    out = tmp_path / 'model.onnx'
+    monkeypatch.setattr(sys, 'argv', ['', UPERNET, '--out', str(out)])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match='onnxruntime differs from PyTorch'):
+        export_onnx.main()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['missing.py'], 'there is no file missing.py'),
+        ([UPERNET, 'missing.pth'], 'there is no checkpoint missing.pth'),
+        ([UPERNET, '--opset', '18'], '--opset is 18, expected 13 to 17'),
+        ([UPERNET, '--out', 'no/model.onnx'], '--out: there is no folder no'),
+        (
+            ['configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'],
+            'is not one of mmseg',
+        ),
+        (
+            [UPERNET, '--cfg-options', 'model.test_cfg.mode=slide'],
+            'model.test_cfg.mode: expected whole',
+        ),
+    ],
+)
+@needs_onnx
+def test_tools_mistakes_end_in_one_line(args, message):
+    pytest.importorskip('mmseg')
+    process = run_tool(*args)
+    assert process.returncode == 1
+    assert message in process.stderr.splitlines()[-1]

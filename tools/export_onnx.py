@@ -1,0 +1,215 @@
+"""Export a segmentor: python tools/export_onnx.py CONFIG [CHECKPOINT].
+
+The file goes from pixels to logits, for any batch and image size::
+
+    image   float32 [N, 3, H, W]: 0 to 255, BGR, as cv2.imread reads them
+    logits  float32 [N, classes, H, W]: argmax over the classes is the map
+
+It holds operators of ONNX's own set only, and it is written only after
+onnxruntime has computed from it what PyTorch computes.
+"""
+
+import argparse
+import inspect
+import os
+import os.path as osp
+import tempfile
+import warnings
+from importlib.util import find_spec
+
+import _cli
+import torch
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from torch import nn
+
+TOLERANCE = 1e-5  # of the largest logit
+NEEDS = dict(torchscript=['onnx'], dynamo=['onnx', 'onnxscript'])
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description='Export a segmentor to ONNX')
+    parser.add_argument('config', help='config file of mmseg')
+    parser.add_argument(
+        'checkpoint', nargs='?', help='file or URL (default: random weights)'
+    )
+    parser.add_argument(
+        '--out', help='file to write (default: CONFIG.onnx in this folder)'
+    )
+    parser.add_argument(
+        '--opset', type=int, default=17, help='13 to 17 (default: 17)'
+    )
+    parser.add_argument(
+        '--exporter',
+        choices=NEEDS,
+        default='dynamo' if has_dynamo() else 'torchscript',
+        help="torch's new exporter or its old one (default: %(default)s)",
+    )
+    parser.add_argument('--cfg-options', **_cli.CFG_OPTIONS)
+    return parser.parse_args()
+
+
+def has_dynamo():
+    return 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters
+
+
+class PixelsToLogits(nn.Module):
+    """A segmentor with its preprocessing, and logits as large as the image."""
+
+    def __init__(self, segmentor):
+        super().__init__()
+        self.segmentor = segmentor
+
+    def forward(self, image):
+        preprocess = self.segmentor.data_preprocessor
+        x = image.flip(1) if preprocess.channel_conversion else image
+        if preprocess._enable_normalize:
+            x = (x - preprocess.mean) / preprocess.std
+        logits = self.segmentor(x)
+        return nn.functional.interpolate(
+            logits,
+            image.shape[2:],
+            mode='bilinear',
+            align_corners=self.segmentor.align_corners,
+        )
+
+
+def export(model, image, file, exporter, opset, outputs=('logits',)):
+    """Write ``model`` to ``file``, for any batch and any size of ``image``."""
+    axes = {0: 'batch', 2: 'height', 3: 'width'}
+    names = dict(input_names=['image'], output_names=list(outputs))
+    with warnings.catch_warnings(), torch.no_grad():
+        # The exporters' own: about their age, and about shapes that the old
+        # one takes for constants, which the check after this would notice.
+        warnings.simplefilter('ignore')
+        if exporter == 'dynamo':
+            dynamic = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+            torch.onnx.export(
+                model,
+                (image,),
+                file,
+                dynamo=True,
+                dynamic_shapes=(dynamic,),
+                external_data=False,
+                verbose=False,
+                **names,
+            )
+            lower_opset(file, opset)
+        else:
+            torch.onnx.export(
+                model,
+                (image,),
+                file,
+                opset_version=opset,
+                dynamic_axes=dict.fromkeys(['image', *outputs], axes),
+                **names,
+                **(dict(dynamo=False) if has_dynamo() else {}),
+            )
+
+
+def lower_opset(file, opset):
+    """Write a model of opset 18 as one of an older opset.
+
+    torch's new exporter writes nothing older than 18, and onnx's converter
+    lacks Pad and Resize, of which 18 added only attributes that this removes
+    where they have their default.
+    """
+    import onnx
+
+    model = onnx.load(file)
+    defaults = dict(antialias=0, keep_aspect_ratio_policy=b'stretch')
+    for node in model.graph.node:
+        if node.op_type == 'Resize':
+            for attribute in list(node.attribute):
+                value = onnx.helper.get_attribute_value(attribute)
+                if defaults.get(attribute.name) == value:
+                    node.attribute.remove(attribute)
+    for imported in model.opset_import:
+        if imported.domain == '':
+            imported.version = opset
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, file)
+
+
+def check(model, file):
+    """Compare onnxruntime with PyTorch, for several batches and sizes."""
+    import onnx
+    import onnxruntime
+
+    graph = onnx.load(file)
+    domains = {node.domain for node in graph.graph.node} | {
+        function.domain for function in graph.functions
+    }
+    if domains - {'', 'ai.onnx'}:
+        _cli.fail(f'the model needs operators of {sorted(domains)}')
+    session = onnxruntime.InferenceSession(
+        file, providers=['CPUExecutionProvider']
+    )
+    for shape in [(2, 97, 131), (1, 128, 192), (1, 341, 250)]:
+        image = torch.randint(256, (shape[0], 3, *shape[1:])).float()
+        with torch.no_grad():
+            expected = segment(model.segmentor, image)
+        (logits,) = session.run(None, dict(image=image.numpy()))
+        error = (torch.from_numpy(logits) - expected).abs().max().item()
+        scale = expected.abs().max().item()
+        print(
+            f'{tuple(image.shape)}: largest difference {error:.1e}, '
+            f'largest logit {scale:.1e}'
+        )
+        if not error <= TOLERANCE * max(1, scale):
+            _cli.fail(f'onnxruntime differs from PyTorch by {error:.1e}')
+
+
+def segment(segmentor, images):
+    """The logits as mmseg predicts them."""
+    from mmseg.structures import SegDataSample
+
+    metainfo = dict(ori_shape=images.shape[2:], img_shape=images.shape[2:])
+    samples = [SegDataSample(metainfo=metainfo) for _ in images]
+    data = dict(inputs=list(images), data_samples=samples)
+    data = segmentor.data_preprocessor(data, training=False)
+    results = segmentor(**data, mode='predict')
+    return torch.stack([result.seg_logits.data for result in results])
+
+
+def main():
+    args = parse_args()
+    missing = [m for m in NEEDS[args.exporter] if not find_spec(m)]
+    missing += [] if find_spec('onnxruntime') else ['onnxruntime']
+    if missing:
+        _cli.fail(f'please install what is missing: pip install {missing}')
+    if not 13 <= args.opset <= 17:
+        _cli.fail(f'--opset is {args.opset}, expected 13 to 17')
+    cfg = _cli.read_config(args, 'model')
+    if cfg.get('default_scope') != 'mmseg':
+        _cli.fail(f'config {args.config} is not one of mmseg')
+    if cfg.model.get('test_cfg', {}).get('mode', 'whole') != 'whole':
+        _cli.fail(
+            'model.test_cfg.mode: expected whole; the windows of slide are '
+            'cut outside of the model'
+        )
+    name = osp.splitext(osp.basename(args.config))[0]
+    out = args.out or f'{name}.onnx'
+    if not osp.isdir(osp.dirname(out) or '.'):
+        _cli.fail(f'--out: there is no folder {osp.dirname(out)}')
+    if args.checkpoint:
+        _cli.check_checkpoint(args.checkpoint)
+    _cli.check_model(cfg)
+
+    init_default_scope('mmseg')
+    segmentor = MODELS.build(cfg.model)
+    if args.checkpoint:
+        load_checkpoint(segmentor, args.checkpoint, map_location='cpu')
+    model = PixelsToLogits(revert_sync_batchnorm(segmentor)).eval()
+    with tempfile.TemporaryDirectory(dir=osp.dirname(out) or '.') as folder:
+        file = osp.join(folder, 'model.onnx')
+        image = torch.zeros(2, 3, 97, 131)  # its sizes have no common factor
+        export(model, image, file, args.exporter, args.opset)
+        check(model, file)
+        os.replace(file, out)
+    print(f'{out} is written, opset {args.opset}')
+
+
+if __name__ == '__main__':
+    main()

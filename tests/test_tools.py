@@ -83,6 +83,33 @@ def shapes_options(shapes, *more):
     ]
 
 
+def coco_options(coco):
+    """Two epochs of a COCO config: four iterations of one small image."""
+    ann_file = coco / 'annotations/instances_val2017.json'
+    return [
+        '--cfg-options',
+        *loaders(coco),
+        *(
+            f'{s}_dataloader.dataset.indices=4'
+            for s in ('train', 'val', 'test')
+        ),
+        f'val_evaluator.ann_file={ann_file}',
+        f'test_evaluator.ann_file={ann_file}',
+        'train_dataloader.dataset.pipeline.2.scale=(160,160)',
+        'val_dataloader.dataset.pipeline.1.scale=(160,160)',
+        'test_dataloader.dataset.pipeline.1.scale=(160,160)',
+        'train_dataloader.batch_size=1',
+        'train_cfg.max_epochs=2',
+        'train_cfg.val_interval=2',
+        'default_hooks.logger.interval=1',
+        'model.backbone.init_cfg=None',
+        'model.train_cfg.rpn_proposal.max_per_img=50',
+        'model.train_cfg.rcnn.sampler.num=32',
+        'model.test_cfg.rpn.max_per_img=50',
+        'model.test_cfg.rcnn.score_thr=0',
+    ]
+
+
 def scalars(work_dir):
     """What a run has logged, from training and from the evaluations."""
     files = sorted(work_dir.glob('*/vis_data/scalars.json'))
@@ -224,30 +251,7 @@ def free_port():
 
 def test_killed_run_on_coco_is_resumed(real_data, tmp_path):
     coco = real_data / 'tiny_coco'
-    ann_file = coco / 'annotations/instances_val2017.json'
-    options = [
-        '--cfg-options',
-        *loaders(coco),
-        *(
-            f'{s}_dataloader.dataset.indices=4'
-            for s in ('train', 'val', 'test')
-        ),
-        f'val_evaluator.ann_file={ann_file}',
-        f'test_evaluator.ann_file={ann_file}',
-        'train_dataloader.dataset.pipeline.2.scale=(160,160)',
-        'val_dataloader.dataset.pipeline.1.scale=(160,160)',
-        'test_dataloader.dataset.pipeline.1.scale=(160,160)',
-        # 4 images / 1 = 4 iterations an epoch
-        'train_dataloader.batch_size=1',
-        'train_cfg.max_epochs=2',
-        'train_cfg.val_interval=2',
-        'default_hooks.logger.interval=1',
-        'model.backbone.init_cfg=None',
-        'model.train_cfg.rpn_proposal.max_per_img=50',
-        'model.train_cfg.rcnn.sampler.num=32',
-        'model.test_cfg.rpn.max_per_img=50',
-        'model.test_cfg.rcnn.score_thr=0',
-    ]
+    options = coco_options(coco)
     train = ['python', 'tools/train.py', COCO, '--work-dir', tmp_path]
     first = subprocess.Popen(
         [str(word) for word in [*train, *options]],
@@ -280,6 +284,25 @@ def test_killed_run_on_coco_is_resumed(real_data, tmp_path):
         *('python', 'tools/test.py', COCO, tmp_path / 'epoch_2.pth'),
         *('--work-dir', tmp_path, *options),
     )
+    assert len(coco_numbers(printed)) == 12
+
+
+def test_mmdets_carafe_config_trains_with_the_drop_in(real_data, tmp_path):
+    """Its FPN_CARAFE, on the CPU; all that the config adds is the import."""
+    config = tmp_path / 'config.py'
+    config.write_text(
+        "_base_ = 'mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py'\n"
+        "custom_imports = dict(imports=['mmcarafe.drop_in'])\n"
+    )
+    printed = execute(
+        *('python', 'tools/train.py', config, '--work-dir', tmp_path),
+        *coco_options(real_data / 'tiny_coco'),
+        'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=1',
+    )
+    assert 'FPN_CARAFE' in printed
+    assert printed.count("mmcv's CARAFE now runs on mmcarafe's operator") == 1
+    assert len(losses(tmp_path)) == 4
     assert len(coco_numbers(printed)) == 12
 
 

@@ -13,6 +13,10 @@ timed, in all three of its forms: the kernel, the PyTorch path
 (``mmcarafe.ops.reference``), and the usual formulation in PyTorch, which
 unfolds the features. The learned methods, deconvolution and pixel shuffle,
 include their convolution.
+
+On a GPU (``--device cuda``) there are more to compare with; see
+gpu_baselines.py. mmcv's own operator is measured where mmcv is installed with
+its sources, or with ``--mmcv-src``, the folder of an unpacked release.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_baselines
 import torch
 import torch.nn.functional as F
 
@@ -34,7 +39,7 @@ from mmcarafe.ops import carafe_from_logits, reference
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SIZE = 5
 # N, C, H, W
-SHAPES = {
+CPU_SHAPES = {
     'FPN 25x42': (1, 256, 25, 42),
     'FPN 50x84': (1, 256, 50, 84),
     'FPN 100x168': (1, 256, 100, 168),
@@ -42,6 +47,13 @@ SHAPES = {
     'UperNet 32x32': (1, 512, 32, 32),
     'UperNet 64x64': (1, 512, 64, 64),
     'mask head 14x14': (100, 256, 14, 14),
+}
+GPU_SHAPES = {
+    'FPN 25x42': (8, 256, 25, 42),
+    'FPN 50x84': (8, 256, 50, 84),
+    'FPN 100x168': (8, 256, 100, 168),
+    'UperNet 64x64': (8, 512, 64, 64),
+    'mask head 14x14': (512, 256, 14, 14),
 }
 
 
@@ -62,7 +74,7 @@ def interpolate(mode):
     return lambda x: F.interpolate(x, scale_factor=2, mode=mode)
 
 
-def methods(features):
+def methods(features, mmcv):
     """Name -> (function, its inputs)."""
     n, c, h, w = features.shape
     options = dict(device=features.device, dtype=features.dtype)
@@ -75,6 +87,9 @@ def methods(features):
     logits = logits.contiguous(memory_format=memory_format)
     deconv = torch.randn(c, c, 3, 3, **options) / (9 * c) ** 0.5
     expand = torch.randn(4 * c, c, 3, 3, **options) / (9 * c) ** 0.5
+    on_gpu = {}
+    if features.is_cuda:
+        on_gpu = gpu_baselines.methods(features, logits, KERNEL_SIZE, mmcv)
     return {
         'nearest': (interpolate('nearest'), [features]),
         'bilinear': (interpolate('bilinear'), [features]),
@@ -97,6 +112,7 @@ def methods(features):
             lambda x, w: F.pixel_shuffle(F.conv2d(x, w, padding=1), 2),
             [features, expand],
         ),
+        **on_gpu,
     }
 
 
@@ -112,14 +128,19 @@ def forward_backward(function, tensors, grad):
 PASSES = {'forward': forward, 'forward+backward': forward_backward}
 
 
-def seconds(run, device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def seconds(run, device, repeats=20):
+    if device.type != 'cuda':
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    # Many calls, so that the GPU, not the launch of the first one, is timed.
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 def peak_memory(run, device):
@@ -141,7 +162,7 @@ def peak_memory(run, device):
     return peak
 
 
-def measure(shape, dtype, device, memory_format, budget):
+def measure(shape, dtype, device, memory_format, budget, mmcv=None):
     """Median seconds and peak bytes of every method in every pass."""
     features = torch.randn(*shape, dtype=dtype, device=device)
     features = features.contiguous(memory_format=memory_format)
@@ -151,10 +172,14 @@ def measure(shape, dtype, device, memory_format, budget):
     results = []
     for pass_name, run_pass in PASSES.items():
         runs = {}
-        for name, (function, tensors) in methods(features).items():
+        for name, (function, tensors) in methods(features, mmcv).items():
             tensors = [tensor.detach().requires_grad_() for tensor in tensors]
             runs[name] = lambda f=function, t=tensors, p=run_pass: p(
                 f, t, grad
+            )
+        if device.type == 'cuda':
+            runs['copy of the least bytes'] = gpu_baselines.copy_floor(
+                features, KERNEL_SIZE, pass_name != 'forward'
             )
         for run in runs.values():  # warm up
             run()
@@ -204,6 +229,8 @@ def environment(device):
         if device.type == 'cuda'
         else processor,
         'cpu_capability': torch.backends.cpu.get_cpu_capability(),
+        'driver': gpu_baselines.driver() if device.type == 'cuda' else None,
+        'cuda': torch.version.cuda,
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),
         'torch': torch.__version__,
@@ -213,30 +240,35 @@ def environment(device):
 
 def table(report):
     env = report['environment']
+    results = report['results']
+    memory_format = report['memory_format'].replace('contiguous', 'NCHW')
     lines = [
         f'{env["device"]}, {env["threads"]} threads, torch {env["torch"]}, '
-        f'{report["dtype"]}, {report["memory_format"]}, N C H W below, '
-        f'x2, K = {KERNEL_SIZE}; medians, commit {env["commit"][:10]}',
+        f'{report["dtype"]}, {memory_format}, x2, K = {KERNEL_SIZE}, '
+        f'commit {env["commit"][:10]}'
     ]
     for pass_name in PASSES:
-        names = list(dict.fromkeys(r['method'] for r in report['results']))
+        here = [r for r in results if r['pass'] == pass_name]
+        shapes = list(dict.fromkeys(r['shape'] for r in here))
         lines += [
             '',
-            f'{pass_name}: milliseconds (peak MB)',
+            f'{pass_name}: median milliseconds, times those of bilinear, '
+            'peak MB',
             '',
-            '| | ' + ' | '.join(names) + ' |',
-            '|---' * (len(names) + 1) + '|',
+            '| | ' + ' | '.join(shapes) + ' |',
+            '|---' + '|--:' * len(shapes) + '|',
         ]
-        for shape in SHAPES:
-            cells = {
-                r['method']: f'{r["seconds"] * 1e3:.3g} '
-                f'({r["peak_bytes"] / 1e6:.3g})'
-                for r in report['results']
-                if r['shape'] == shape and r['pass'] == pass_name
-            }
-            if cells:
-                row = ' | '.join(cells[name] for name in names)
-                lines.append(f'| {shape} | {row} |')
+        cells = {(r['method'], r['shape']): r for r in here}
+        for method in dict.fromkeys(r['method'] for r in here):
+            row = []
+            for shape in shapes:
+                r = cells[method, shape]
+                ratio = r['seconds'] / cells['bilinear', shape]['seconds']
+                row.append(
+                    f'{r["seconds"] * 1e3:.3g} ms, {ratio:.2f}×, '
+                    f'{r["peak_bytes"] / 1e6:.0f} MB'
+                )
+            lines.append(f'| {method} | ' + ' | '.join(row) + ' |')
     return '\n'.join(lines) + '\n'
 
 
@@ -250,16 +282,20 @@ def plot(report, path):
     names = list(dict.fromkeys(r['method'] for r in results))
     shapes = list(dict.fromkeys(r['shape'] for r in results))
     figure, axes = plt.subplots(2, 1, figsize=(11, 8), sharex=True)
+    width = 0.9 / len(names)
     for axis, pass_name in zip(axes, PASSES):
         for i, name in enumerate(names):
             axis.bar(
-                [s + (i - len(names) / 2) * 0.12 for s in range(len(shapes))],
+                [
+                    s + (i - (len(names) - 1) / 2) * width
+                    for s in range(len(shapes))
+                ],
                 [
                     r['seconds'] * 1e3
                     for r in results
                     if r['method'] == name and r['pass'] == pass_name
                 ],
-                width=0.11,
+                width=width,
                 label=name,
             )
         axis.set_yscale('log')
@@ -294,7 +330,13 @@ def main():
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--threads', type=int, help="default: torch's own")
     parser.add_argument(
-        '--shapes', nargs='+', default=list(SHAPES), choices=SHAPES
+        '--shapes',
+        nargs='+',
+        choices=list({**CPU_SHAPES, **GPU_SHAPES}),
+        help='default: all of the device',
+    )
+    parser.add_argument(
+        '--mmcv-src', type=Path, help="mmcv's sources, to measure it on a GPU"
     )
     parser.add_argument(
         '--budget',
@@ -305,6 +347,12 @@ def main():
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    on_gpu = args.device.type == 'cuda'
+    if on_gpu and not torch.cuda.is_available():
+        parser.error('--device is cuda, but torch finds no GPU')
+    if args.mmcv_src and not (args.mmcv_src / 'mmcv/ops/csrc').is_dir():
+        parser.error(f'--mmcv-src: there is no {args.mmcv_src}/mmcv/ops/csrc')
+    shapes = GPU_SHAPES if on_gpu else CPU_SHAPES
     if not tests_pass(args.device):
         sys.exit("The operator's tests fail, so nothing is measured.")
     torch.manual_seed(0)
@@ -316,16 +364,18 @@ def main():
         else 'contiguous',
         'results': [],
     }
-    for name in args.shapes:
+    mmcv = gpu_baselines.find_mmcv(args.mmcv_src) if on_gpu else None
+    for name in args.shapes or shapes:
         print(f'measuring {name}', flush=True)
         results = measure(
-            SHAPES[name],
+            shapes[name],
             getattr(torch, args.dtype),
             args.device,
-            getattr(torch, f'{report["memory_format"]}_format')
-            if not args.channels_last
-            else torch.channels_last,
+            torch.channels_last
+            if args.channels_last
+            else torch.contiguous_format,
             args.budget,
+            mmcv,
         )
         report['results'] += [{'shape': name, **r} for r in results]
     args.out.mkdir(parents=True, exist_ok=True)

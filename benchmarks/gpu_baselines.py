@@ -3,37 +3,130 @@
 None of this has been run on a GPU yet.
 """
 
+import importlib.util
+import subprocess
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
+import mmcarafe
 from mmcarafe.ops import reference
 
 
-def copy_floor(num_bytes, device):
-    """A copy on the device that moves ``num_bytes``: half read, half written.
+def copy_floor(features, kernel_size, backward, scale_factor=2):
+    """A copy of as many bytes as CARAFE cannot avoid to move.
 
-    ``num_bytes`` are those that the operator cannot avoid: each input read
-    once and each output written once.
+    Each input is read once and each output written once: forward, features,
+    logits and output; backward, the output's gradient, and features and logits
+    with their gradients. A copy reads one half and writes the other.
     """
-    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=device)
+    n, c, h, w = features.shape
+    small = c
+    large = c * scale_factor**2
+    weights = kernel_size**2 * scale_factor**2
+    values = small + weights + large
+    if backward:
+        values += large + 2 * (small + weights)
+    num_bytes = n * h * w * values * features.element_size()
+    source = torch.empty(
+        num_bytes // 2, dtype=torch.uint8, device=features.device
+    )
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def minimum_bytes(features, logits, scale_factor, backward=False):
-    """Bytes that forward, or backward alone, has to move."""
-    small = features.numel() * features.element_size()
-    weights = logits.numel() * logits.element_size()
-    large = small * scale_factor**2
-    # Backward reads the gradient, features and logits; it writes two of them.
-    return large + (small + weights) * (2 if backward else 1)
+def methods(features, logits, kernel_size, mmcv):
+    """What bench_op.py compares on a GPU only: name -> (function, inputs)."""
+    # One shape at a time, as fast as it gets.
+    compiled = torch.compile(reference.carafe_from_logits, dynamic=False)
+    found = {
+        'CARAFE, compiled PyTorch path': (
+            lambda x, y: compiled(x, y, kernel_size),
+            [features, logits],
+        ),
+        **modules(features, mmcv),
+    }
+    # mmcv's reads neither bf16 nor channels_last.
+    if mmcv and features.dtype != torch.bfloat16 and features.is_contiguous():
+        found["CARAFE, mmcv's"] = (
+            lambda x, y: mmcv(x, normalize(y), kernel_size, 1, 2),
+            [features, logits],
+        )
+    return found
 
 
-def compiled_reference():
-    """The PyTorch version, fused by torch.compile for one shape at a time."""
-    return torch.compile(reference.carafe_from_logits, dynamic=False)
+def normalize(logits):
+    """What mmcv's CARAFEPack does to its logits."""
+    masks = F.pixel_shuffle(logits, 2)
+    return masks.softmax(1)
+
+
+def modules(features, mmcv):
+    """The whole module, convolutions included, and its parameters' gradients.
+
+    In the layout that suits each: channels_last for ours, NCHW for mmcv's.
+    """
+
+    class Pack(mmcarafe.CARAFE):
+        def forward(self, x):
+            logits = self.content_encoder(self.channel_compressor(x))
+            masks = normalize(logits).to(x.dtype).contiguous()
+            return mmcv(x.contiguous(), masks, self.up_kernel, 1, 2)
+
+    def entry(cls, x, autocast=None, compiled=False, **layout):
+        module = cls(x.shape[1]).to(x.device, **layout)
+        names = [name for name, _ in module.named_parameters()]
+        run = torch.compile(functional_call) if compiled else functional_call
+
+        def call(x, *values):
+            with torch.autocast('cuda', autocast, enabled=bool(autocast)):
+                out = run(module, dict(zip(names, values)), (x,))
+            return out.to(x.dtype)
+
+        return call, [x.to(**layout), *module.parameters()]
+
+    last = dict(memory_format=torch.channels_last)
+    bf16 = torch.bfloat16
+    ours = mmcarafe.CARAFE
+    found = {
+        'module, bf16 autocast': entry(ours, features, bf16, **last),
+        'module, bf16 autocast, compiled': entry(
+            ours, features, bf16, True, **last
+        ),
+    }
+    if mmcv:
+        x = features.contiguous()
+        found["module, mmcv's, fp32"] = entry(Pack, x.float())
+        found["module, mmcv's, fp16 autocast"] = entry(
+            Pack, x.half(), torch.float16
+        )
+    return found
+
+
+def driver():
+    """Version of the GPU's driver."""
+    query = [
+        'nvidia-smi',
+        '--query-gpu=driver_version',
+        '--format=csv,noheader',
+    ]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+
+
+def find_mmcv(source):
+    """mmcv's operator, from ``source``, else from an installed mmcv, or None.
+
+    Args:
+        source (Path, optional): see :func:`mmcv_carafe`.
+    """
+    if source:
+        return mmcv_carafe(source)
+    if importlib.util.find_spec('mmcv') is None:
+        return None
+    return importlib.import_module('mmcv.ops').carafe
 
 
 def mmcv_carafe(source):

@@ -3,14 +3,21 @@
 
 PYTHON ?= python3
 
+# openmmlab: mmengine, mmcv, mmdet and mmsegmentation; onedl: their maintained
+# forks. Each stack has an environment of its own.
+STACK ?= openmmlab
+VENV := $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
+EXTRA := $(if $(filter onedl,$(STACK)),onedl,mm)
+MMCV := $(if $(filter onedl,$(STACK)),onedl-mmcv,mmcv)
+
 # What pip is told to install as torch. A build for another machine is chosen
 # with TORCH='torch==VERSION+BUILD --index-url URL' and stays chosen.
-CHOSEN := $(or $(shell cat .venv/torch 2>/dev/null),torch==2.13.0)
+CHOSEN := $(or $(shell cat $(VENV)/torch 2>/dev/null),torch==2.13.0)
 TORCH ?= $(CHOSEN)
 
-BIN := .venv/bin
+BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-READY := .venv/ready
+READY := $(VENV)/ready
 DETECTOR := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
 DETECTED := work_dirs/demo/detector
 SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
@@ -59,16 +66,20 @@ ifneq ($(TORCH),$(CHOSEN))
 .PHONY: $(READY)
 endif
 
+ifeq ($(filter openmmlab onedl,$(STACK)),)
+$(error STACK is $(STACK), expected openmmlab or onedl)
+endif
+
 $(READY): setup.cfg setup.py mmcarafe/ops/cpu.cpp Makefile
 	@$(CHECK_MACHINE)
 	@rm -f $@
-	$(PYTHON) -m venv .venv
-	@test '$(TORCH)' = '$(CHOSEN)' || echo '$(TORCH)' >.venv/torch
+	$(PYTHON) -m venv $(VENV)
+	@test '$(TORCH)' = '$(CHOSEN)' || echo '$(TORCH)' >$(VENV)/torch
 	$(PIP) install $(TORCH)
-	$(PIP) install -e '.[mm]'
+	$(PIP) install -e '.[$(EXTRA)-build]'
 	@$(MMCV_IS_BUILT) || $(SAY_HOW_LONG)
 	$(INSTALL_ALL)
-	@$(MMCV_RUNS) || { $(SAY_HOW_LONG); $(PIP) uninstall -y mmcv; \
+	@$(MMCV_RUNS) || { $(SAY_HOW_LONG); $(PIP) uninstall -y $(MMCV); \
 		$(INSTALL_ALL) --no-cache-dir && $(MMCV_RUNS); }
 	@touch $@
 
@@ -99,7 +110,7 @@ endef
 # mmcv comes as source only. Debug symbols, which Python's own compiler flags
 # ask for, would be 40 % of the time.
 INSTALL_ALL = CFLAGS=-g0 CXXFLAGS=-g0 MMCV_WITH_OPS=1 \
-	$(PIP) install --no-build-isolation -e '.[test]'
+	$(PIP) install --no-build-isolation -e '.[$(EXTRA),test]'
 
 # pip keeps the mmcv that it has built, but does not know for which torch: what
 # it takes from its cache may not fit this one, or lack CUDA.
@@ -110,7 +121,7 @@ $(BIN)/python -c 'import torch; from mmcv.ops import nms; \
 endef
 
 define MMCV_IS_BUILT
-{ $(PIP) show -q mmcv || $(PIP) cache list mmcv | grep -q "$$($(PYTHON) -c \
+{ $(PIP) show -q $(MMCV) || $(PIP) cache list $(MMCV) | grep -q "$$($(PYTHON) -c \
 	'import sys; print("cp%d%d" % sys.version_info[:2])')"; } 2>/dev/null
 endef
 

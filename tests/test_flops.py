@@ -1,67 +1,174 @@
-"""The README's table of UPerNet's parameters and FLOPs."""
+"""The counters of operations, and the README's tables made with them."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from mmengine import analysis
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from torch.utils.flop_counter import FlopCounterMode
 
-pytest.importorskip('mmseg')
+import mmcarafe.flops  # noqa: F401  (registers the operators)
+from mmcarafe import CARAFE
 
+CARAFE_FPN = 'configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
+CARAFE_UPERNET = 'configs/shapes/upernet-carafe_r18_shapes.py'
 
-@pytest.fixture
-def upernet_table(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'tools/analysis')
-    import upernet_table
-
-    return upernet_table
-
-
-def test_carafe_adds_what_the_paper_says(upernet_table):
-    """2(C+1)C_m + 2(9 C_m + 1)S²K² + 2 S²K² C FLOPs for a source pixel.
-
-    The 1s, which are biases, are not counted.
-    """
-    cfg = Config.fromfile(upernet_table.CONFIG)
-    init_default_scope('mmseg')
-    cfg.model.pretrained = None
-    head = cfg.model.decode_head
-    head.update(ppm_upsample_cfg=None, fuse_upsample_cfg=None)
-    parameters, flops = upernet_table.count(cfg.model, (512, 512))
-    head.fpn_upsample_cfg = None
-    plain_parameters, plain_flops = upernet_table.count(cfg.model, (512, 512))
-
-    c, taps = 512, 2**2 * 5**2
-    each = (c + 1) * 64 + (9 * 64 + 1) * taps
-    assert parameters - plain_parameters == 3 * each
-    pixels = 16**2 + 32**2 + 64**2  # of P5, P4 and P3
-    each = 2 * c * 64 + 2 * 9 * 64 * taps + 2 * taps * c
-    assert flops - plain_flops == pixels * each
+# 2(C+1)C_m + 2(9 C_m + 1)S²K² + 2 S²K² C for a source pixel, of which the 1s
+# are biases, which the counters leave out
+C, C_M, TAPS = 256, 64, 2**2 * 5**2
+CONVOLUTIONS = 2 * C * C_M + 2 * 9 * C_M * TAPS
+REASSEMBLY = 2 * TAPS * C
 
 
-def test_readme_has_the_table():
-    output = subprocess.run(
-        [sys.executable, 'tools/analysis/upernet_table.py'],
+def run_tool(name, *args):
+    return subprocess.run(
+        [sys.executable, f'tools/analysis/{name}.py', *args],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
-        check=True,
-    ).stdout
-    assert output.count('\n') == 2 + 8
+    )
+
+
+def output_of(name, *args):
+    process = run_tool(name, *args)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_torch_counts_forward_and_both_gradients():
+    x = torch.ones(2, C, 3, 5, requires_grad=True)
+    module = CARAFE(C)
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)
+    assert counter.get_total_flops() == 2 * 15 * (CONVOLUTIONS + REASSEMBLY)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 4 * 15 * (CONVOLUTIONS + REASSEMBLY)
+
+
+def test_mmengine_counts_multiply_adds():
+    result = analysis.get_model_complexity_info(
+        CARAFE(C), (C, 3, 5), show_table=False, show_arch=False
+    )
+    assert result['flops'] == 15 * (CONVOLUTIONS + REASSEMBLY) / 2
+    assert result['params'] == (C + 1) * C_M + (9 * C_M + 1) * TAPS
+
+
+@pytest.mark.parametrize('config', [CARAFE_FPN, CARAFE_UPERNET])
+def test_mmengine_counts_whole_models(config, monkeypatch):
+    cfg = Config.fromfile(ROOT / config)
+    pytest.importorskip(cfg.default_scope)
+    init_default_scope(cfg.default_scope)
+    monkeypatch.syspath_prepend(ROOT / 'tools/analysis')
+    import get_flops
+
+    model = get_flops.build(cfg.model)
+    if hasattr(model, 'roi_head'):
+        model.forward = model.extract_feat
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.ones(1, 3, 97, 131))
+    expected = counter.get_flop_counts()['Global'][torch.ops.mmcarafe.carafe]
+    analysis.get_model_complexity_info(
+        model, (3, 97, 131), show_table=True, show_arch=True
+    )
+    analyzer = analysis.FlopAnalyzer(model, torch.ones(1, 3, 97, 131))
+    by_operator = analyzer.by_operator()
+    assert by_operator['carafe'] == expected / 2 > 0
+
+
+def test_the_papers_counts_are_reproduced():
+    rows = {}
+    for line in output_of('upsampler_table').splitlines()[2:]:
+        name, *numbers = line.strip('| ').replace(',', '').split(' | ')
+        rows[name] = [int(n) for n in numbers]
+    parameters, flops, with_biases = rows['CARAFE 5×5']
+    assert (parameters, with_biases) == (74148, 199496)
+    assert flops == CONVOLUTIONS + REASSEMBLY
+    assert rows['deconvolution 3×3'][:2] == [590080, 1179648]
+    assert rows['pixel shuffle 3×3'][1] == 2 * 9 * 256 * 4 * 256
+    assert rows['nearest'] == [0, 0, 0]
+    dynamic = 2 * C * C_M + C * (2 * 9 * C_M * TAPS) + REASSEMBLY
+    assert rows['dynamic filter 5×5'][1] == dynamic
+
+
+@pytest.mark.parametrize(
+    'table, rows', [('upsampler_table', 6), ('upernet_table', 8)]
+)
+def test_readme_has_the_table(table, rows):
+    if table == 'upernet_table':
+        pytest.importorskip('mmseg')
+    output = output_of(table)
+    assert output.count('\n') == 2 + rows
     assert output in (ROOT / 'README.md').read_text()
 
 
-def test_other_models_are_refused():
-    process = subprocess.run(
-        [
-            *(sys.executable, 'tools/analysis/upernet_table.py'),
-            'configs/shapes/upernet_r18_shapes.py',
-        ],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
+def test_carafe_in_upernets_fpn_adds_only_itself(monkeypatch):
+    pytest.importorskip('mmseg')
+    monkeypatch.syspath_prepend(ROOT / 'tools/analysis')
+    import get_flops
+    import upernet_table
+
+    cfg = Config.fromfile(upernet_table.CONFIG)
+    init_default_scope('mmseg')
+    head = cfg.model.decode_head
+    head.update(ppm_upsample_cfg=None, fuse_upsample_cfg=None)
+    counts = []
+    for head.fpn_upsample_cfg in (None, dict(type='mmcarafe.CARAFE')):
+        with torch.device('meta'):
+            model = get_flops.build(cfg.model)
+        counts.append(get_flops.count(model, (512, 512)))
+    (parameters, flops), (with_parameters, with_flops) = counts
+    c = head.channels
+    assert with_parameters - parameters == 3 * (
+        (c + 1) * C_M + (9 * C_M + 1) * TAPS
     )
+    pixels = 16**2 + 32**2 + 64**2  # of P5, P4 and P3
+    each = 2 * c * C_M + 2 * 9 * C_M * TAPS + 2 * TAPS * c
+    assert with_flops - flops == pixels * each
+
+
+def test_get_flops_of_a_segmentor():
+    pytest.importorskip('mmseg')
+    config = 'configs/upernet/upernet-carafe_r50_4xb4-80k_ade20k-512x512.py'
+    output = output_of('get_flops', config)
+    assert '65.12 M' in output and '480.4 G' in output  # as in upernet_table
+
+
+def test_get_flops_of_a_detector():
+    """With the head's fully connected layers for all 100 proposals."""
+    pytest.importorskip('mmdet')
+    small, large = (
+        output_of('get_flops', CARAFE_FPN, '--shape', str(h), '96')
+        for h in (64, 128)
+    )
+
+    def flops(output):
+        return float(output.split('FLOPs')[1].split()[0])
+
+    # what grows with the image is twice as much, the box head stays
+    heads = 2 * flops(small) - flops(large)
+    layers = 2 * 100 * (7 * 7 * 64 * 256 + 256 * 256 + 256 * (7 + 24)) / 1e9
+    assert heads == pytest.approx(layers, abs=0.15)  # of rounding
+
+
+@pytest.mark.parametrize(
+    'tool, args, message',
+    [
+        ('get_flops', ['missing.py'], 'there is no file missing.py'),
+        ('get_flops', [CARAFE_FPN, '--shape', '0', '9'], '--shape is [0, 9]'),
+        ('upsampler_table', ['--channels', '0'], '--channels is 0'),
+        (
+            'upernet_table',
+            ['configs/shapes/upernet_r18_shapes.py'],
+            'decode_head.type is UPerHead',
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line(tool, args, message):
+    process = run_tool(tool, *args)
     assert process.returncode == 2
-    assert 'decode_head.type is UPerHead' in process.stderr
+    assert message in process.stderr.splitlines()[-1]

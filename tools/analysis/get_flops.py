@@ -1,0 +1,102 @@
+"""Parameters and FLOPs of a detector or a segmentor at inference.
+
+Counted are convolutions, matrix products and CARAFE's weighted sums, a
+multiply-add as 2 FLOPs, for one image. Left out are biases, normalisation,
+activations, softmax, interpolation and RoIAlign, and the auxiliary head, which
+only training uses. A two-stage detector gets as many proposals as its
+``test_cfg`` lets through. No weights are loaded.
+
+Usage::
+
+    python tools/analysis/get_flops.py CONFIG [--shape H W]
+"""
+
+import argparse
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmcarafe.flops  # noqa: F401  (so that CARAFE is counted)
+
+
+def build(cfg):
+    """The model of a config, as it infers, on PyTorch's default device.
+
+    Args:
+        cfg (dict): the config's ``model``.
+    """
+    cfg = copy.deepcopy(cfg)  # building writes into it
+    if 'auxiliary_head' in cfg:
+        cfg.update(auxiliary_head=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # mmseg's, about its own losses
+        return MODELS.build(cfg).eval()
+
+
+def count(model, shape):
+    """Run a detector or a segmentor on one image and count.
+
+    Args:
+        model (nn.Module): on any device, also PyTorch's meta device where
+            all its operators know it.
+        shape (tuple[int, int]): height and width of the image.
+
+    Returns:
+        tuple[int, int]: parameters and FLOPs.
+    """
+    parameters = list(model.parameters())
+    image = parameters[0].new_zeros(1, 3, *shape)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if hasattr(model, 'roi_head'):
+            _run_two_stages(model, image)
+        else:
+            model(image)
+    return sum(p.numel() for p in parameters), counter.get_total_flops()
+
+
+def _run_two_stages(model, image):
+    # How many boxes survive NMS hangs on the weights; a trained detector
+    # usually reaches the maximum.
+    corners = image.new_tensor([0, 0, *image.shape[:1:-1]])  # x, y, x, y
+    boxes = corners.expand(model.test_cfg.rpn.max_per_img, 4)
+    features = model.extract_feat(image)
+    model.rpn_head(features)
+    model.roi_head(features, [InstanceData(bboxes=boxes)], None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', help='config file, of mmdet or of mmseg')
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='height and width of the image '
+        '(default: 800 1333 for mmdet, 512 512 for mmseg)',
+    )
+    args = parser.parse_args()
+    if not Path(args.config).is_file():
+        parser.error(f'config: there is no file {args.config}')
+    cfg = Config.fromfile(args.config)
+    if 'model' not in cfg:
+        parser.error(f'config {args.config} has no model')
+    scope = cfg.get('default_scope')
+    shape = args.shape or ((512, 512) if scope == 'mmseg' else (800, 1333))
+    if min(shape) < 1:
+        parser.error(f'--shape is {shape}, expected two ints >= 1')
+    init_default_scope(scope)
+    parameters, flops = count(build(cfg.model), shape)
+    print(f'image       1 x 3 x {shape[0]} x {shape[1]}')
+    print(f'parameters  {parameters / 1e6:.2f} M')
+    print(f'FLOPs       {flops / 1e9:.1f} G, a multiply-add as 2')
+
+
+if __name__ == '__main__':
+    main()

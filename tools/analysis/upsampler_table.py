@@ -1,0 +1,77 @@
+"""Parameters of each upsampler, and its FLOPs for one source pixel.
+
+Prints the table of the README for ×2. A multiply-add is 2 FLOPs. The paper
+counts CARAFE's biases, as multiply-adds too, and not those of the others, so
+both counts are shown. The dynamic filter predicts a K×K kernel for each
+channel: CARAFE with as many groups as channels.
+
+Usage::
+
+    python tools/analysis/upsampler_table.py [--channels C]
+"""
+
+import argparse
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmcarafe.flops  # noqa: F401  (so that CARAFE is counted)
+from mmcarafe.models.upsample import build_upsampler
+
+# mmcv registers the simpler ones where torch has a class for them.
+import mmcv.cnn  # noqa: F401 isort: skip
+
+
+def upsamplers(channels):
+    """Names and configs of what is compared."""
+    yield 'nearest', dict(type='nearest')
+    yield 'bilinear', dict(type='bilinear')
+    yield 'deconvolution 3×3', dict(type='deconv')
+    yield 'pixel shuffle 3×3', dict(type='pixel_shuffle')
+    yield 'dynamic filter 5×5', dict(type='mmcarafe.CARAFE', up_group=channels)
+    yield 'CARAFE 5×5', dict(type='mmcarafe.CARAFE')
+
+
+def count(module, channels):
+    """Parameters, and FLOPs a source pixel without and with the biases."""
+    biases = 0
+
+    def add_biases(conv, inputs, out):
+        nonlocal biases
+        if conv.bias is not None:
+            biases += 2 * out.numel()
+
+    for conv in module.modules():
+        if isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)):
+            conv.register_forward_hook(add_biases)
+    height, width = 8, 8
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.empty(1, channels, height, width, device='meta'))
+    flops = counter.get_total_flops()
+    return (
+        sum(p.numel() for p in module.parameters()),
+        flops // (height * width),
+        (flops + biases) // (height * width),
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--channels', type=int, default=256, help='C (default: 256)'
+    )
+    args = parser.parse_args()
+    if args.channels < 1:
+        parser.error(f'--channels is {args.channels}, expected an int >= 1')
+    print('| upsampler | parameters | FLOPs | with biases |')
+    print('|---|-:|-:|-:|')
+    for name, cfg in upsamplers(args.channels):
+        with torch.device('meta'):
+            module = build_upsampler(cfg, args.channels)
+        numbers = count(module, args.channels)
+        print(f'| {name} |', ' | '.join(f'{n:,}' for n in numbers), '|')
+
+
+if __name__ == '__main__':
+    main()

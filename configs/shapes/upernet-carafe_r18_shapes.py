@@ -85,7 +85,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-max_iters = 2500  # 8.3 epochs: 2500 * 4 = 10000 of 1200 images
+max_iters = 2400  # 8 epochs: 2400 * 4 = 9600 of 1200 images
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=0.002, weight_decay=0.05),
@@ -108,6 +108,6 @@ default_hooks = dict(
     logger=dict(interval=50),
     checkpoint=dict(interval=max_iters, max_keep_ckpts=1),
     # Drawing a picture takes mmseg ten times as long as predicting it.
-    visualization=dict(interval=4),
+    visualization=dict(interval=8),
 )
 randomness = dict(seed=0)

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gpu_baselines
@@ -70,6 +71,10 @@ def unfold_matmul(features, logits):
     return F.pixel_shuffle(out, 2)
 
 
+def carafe(features, logits):
+    return carafe_from_logits(features, logits, KERNEL_SIZE)
+
+
 def interpolate(mode):
     return lambda x: F.interpolate(x, scale_factor=2, mode=mode)
 
@@ -87,16 +92,20 @@ def methods(features, mmcv):
     logits = logits.contiguous(memory_format=memory_format)
     deconv = torch.randn(c, c, 3, 3, **options) / (9 * c) ** 0.5
     expand = torch.randn(4 * c, c, 3, 3, **options) / (9 * c) ** 0.5
-    on_gpu = {}
+    more = {}
     if features.is_cuda:
-        on_gpu = gpu_baselines.methods(features, logits, KERNEL_SIZE, mmcv)
+        more = gpu_baselines.methods(features, logits, KERNEL_SIZE, mmcv)
+    if features.dtype == torch.float32 and features.is_contiguous():
+        for name, kwargs in {
+            'CARAFE, channels_last': {'memory_format': torch.channels_last},
+            'CARAFE, bf16': {'dtype': torch.bfloat16},
+        }.items():
+            inputs = [features.to(**kwargs), logits.to(**kwargs)]
+            more[name] = carafe, inputs
     return {
         'nearest': (interpolate('nearest'), [features]),
         'bilinear': (interpolate('bilinear'), [features]),
-        'CARAFE': (
-            lambda x, y: carafe_from_logits(x, y, KERNEL_SIZE),
-            [features, logits],
-        ),
+        'CARAFE': (carafe, [features, logits]),
         'CARAFE, PyTorch path': (
             lambda x, y: reference.carafe_from_logits(x, y, KERNEL_SIZE),
             [features, logits],
@@ -112,7 +121,7 @@ def methods(features, mmcv):
             lambda x, w: F.pixel_shuffle(F.conv2d(x, w, padding=1), 2),
             [features, expand],
         ),
-        **on_gpu,
+        **more,
     }
 
 
@@ -166,17 +175,13 @@ def measure(shape, dtype, device, memory_format, budget, mmcv=None):
     """Median seconds and peak bytes of every method in every pass."""
     features = torch.randn(*shape, dtype=dtype, device=device)
     features = features.contiguous(memory_format=memory_format)
-    n, c, h, w = shape
-    grad = torch.randn(n, c, 2 * h, 2 * w, dtype=dtype, device=device)
-    grad = grad.contiguous(memory_format=memory_format)
     results = []
     for pass_name, run_pass in PASSES.items():
         runs = {}
         for name, (function, tensors) in methods(features, mmcv).items():
             tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-            runs[name] = lambda f=function, t=tensors, p=run_pass: p(
-                f, t, grad
-            )
+            grad = torch.randn_like(function(*tensors))
+            runs[name] = partial(run_pass, function, tensors, grad)
         if device.type == 'cuda':
             runs['copy of the least bytes'] = gpu_baselines.copy_floor(
                 features, KERNEL_SIZE, pass_name != 'forward'

@@ -22,6 +22,7 @@ its sources, or with ``--mmcv-src``, the folder of an unpacked release.
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -30,12 +31,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-import gpu_baselines
-import torch
-import torch.nn.functional as F
+# torch's profiler, which counts the memory, otherwise logs each start and stop
+os.environ.setdefault('KINETO_LOG_LEVEL', '5')
 
-import mmcarafe
-from mmcarafe.ops import carafe_from_logits, reference
+import gpu_baselines  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import mmcarafe  # noqa: E402
+from mmcarafe.ops import carafe_from_logits, reference  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SIZE = 5
@@ -286,7 +290,9 @@ def plot(report, path):
     results = report['results']
     names = list(dict.fromkeys(r['method'] for r in results))
     shapes = list(dict.fromkeys(r['shape'] for r in results))
-    figure, axes = plt.subplots(2, 1, figsize=(11, 8), sharex=True)
+    figure, axes = plt.subplots(
+        2, 1, figsize=(11, 8), sharex=True, layout='constrained'
+    )
     width = 0.9 / len(names)
     for axis, pass_name in zip(axes, PASSES):
         for i, name in enumerate(names):
@@ -307,8 +313,8 @@ def plot(report, path):
         axis.set_ylabel('milliseconds')
         axis.set_title(pass_name)
         axis.set_xticks(range(len(shapes)), shapes)
-    axes[0].legend(ncols=2, fontsize='small')
-    figure.tight_layout()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside upper center', ncols=5)
     figure.savefig(path, dpi=150)
 
 

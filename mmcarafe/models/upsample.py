@@ -5,6 +5,7 @@ Letters are those of :mod:`mmcarafe.ops.carafe`.
 
 import inspect
 
+import torch
 import torch.nn.functional as F
 from mmengine.model import normal_init, xavier_init
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from mmcarafe.ops import carafe_from_logits
 from mmcarafe.ops.carafe import check_int, check_normalizer
 from mmcarafe.registry import MODELS
+
+# torch >= 2.7
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 @MODELS.register_module()
@@ -230,5 +234,11 @@ def fit(x, size, scale_factor=2):
         0 <= x.shape[2] - height < scale_factor
         and 0 <= x.shape[3] - width < scale_factor
     ):
+        if _is_exporting() and not torch.onnx.is_in_onnx_export():
+            # The strides of a slice tell whether it takes all, and the
+            # program would be for images that are like the example in that.
+            rows = torch.arange(height, device=x.device)
+            columns = torch.arange(width, device=x.device)
+            return x.index_select(2, rows).index_select(3, columns)
         return x[:, :, :height, :width]
     return F.interpolate(x, (height, width), mode='bilinear')

@@ -187,7 +187,8 @@ def _check_map(name, x):
 def _check_features(features, group_size):
     _check_map('features', features)
     _, channels, height, width = features.shape
-    if min(channels, height, width) < 1:
+    # torch.export takes min() of sizes for a fact about them
+    if channels < 1 or height < 1 or width < 1:
         raise ValueError(
             f'features has shape {tuple(features.shape)}, '
             'expected C, H and W >= 1'

@@ -43,8 +43,9 @@ def parse_args():
     parser.add_argument(
         '--exporter',
         choices=NEEDS,
-        default='dynamo' if has_dynamo() else 'torchscript',
-        help="torch's new exporter or its old one (default: %(default)s)",
+        default='torchscript',
+        help="torch's old exporter, or its new one, which takes minutes for "
+        'a model of many upsamplers (default: %(default)s)',
     )
     parser.add_argument('--cfg-options', **_cli.CFG_OPTIONS)
     return parser.parse_args()

@@ -121,7 +121,7 @@ $(BIN)/python -c 'import torch; from mmcv.ops import nms; \
 endef
 
 define MMCV_IS_BUILT
-{ $(PIP) show -q $(MMCV) || $(PIP) cache list $(MMCV) | grep -q "$$($(PYTHON) -c \
+{ $(PIP) show -q $(MMCV) || $(PIP) cache list $(subst -,_,$(MMCV)) | grep -q "$$($(PYTHON) -c \
 	'import sys; print("cp%d%d" % sys.version_info[:2])')"; } 2>/dev/null
 endef
 

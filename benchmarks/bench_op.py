@@ -16,7 +16,7 @@ include their convolution.
 
 On a GPU (``--device cuda``) there are more to compare with; see
 gpu_baselines.py. mmcv's own operator is measured where mmcv is installed with
-its sources, or with ``--mmcv-src``, the folder of an unpacked release.
+its CUDA operators, or with ``--mmcv-src``, the folder of an unpacked release.
 """
 
 import argparse
@@ -179,6 +179,7 @@ def measure(shape, dtype, device, memory_format, budget, mmcv=None):
     """Median seconds and peak bytes of every method in every pass."""
     features = torch.randn(*shape, dtype=dtype, device=device)
     features = features.contiguous(memory_format=memory_format)
+    torch._dynamo.reset()  # it compiles a function for so many shapes only
     results = []
     for pass_name, run_pass in PASSES.items():
         runs = {}
@@ -364,6 +365,9 @@ def main():
     if args.mmcv_src and not (args.mmcv_src / 'mmcv/ops/csrc').is_dir():
         parser.error(f'--mmcv-src: there is no {args.mmcv_src}/mmcv/ops/csrc')
     shapes = GPU_SHAPES if on_gpu else CPU_SHAPES
+    for name in args.shapes or []:
+        if name not in shapes:
+            parser.error(f'--shapes: {name} is not measured on a GPU')
     if not tests_pass(args.device):
         sys.exit("The operator's tests fail, so nothing is measured.")
     torch.manual_seed(0)

@@ -124,9 +124,12 @@ def find_mmcv(source):
     """
     if source:
         return mmcv_carafe(source)
-    if importlib.util.find_spec('mmcv') is None:
+    if any(importlib.util.find_spec(m) is None for m in ('mmcv', 'mmcv._ext')):
         return None
-    return importlib.import_module('mmcv.ops').carafe
+    ops = importlib.import_module('mmcv.ops')
+    if ops.get_compiling_cuda_version() == 'not available':
+        return None
+    return ops.carafe
 
 
 def mmcv_carafe(source):

@@ -32,13 +32,15 @@ def _multiply_adds(inputs, outputs):
     return taps * math.prod(get_shape(outputs[0]))
 
 
-if hasattr(flop_counter, 'register_flop_formula'):  # torch >= 2.2
-    for _operator, _formula in (
-        (torch.ops.mmcarafe.carafe, _carafe),
-        (torch.ops.mmcarafe.carafe_grad_features, _grad_features),
-        (torch.ops.mmcarafe.carafe_grad_weights, _grad_weights),
-    ):
+for _operator, _formula in (
+    (torch.ops.mmcarafe.carafe, _carafe),
+    (torch.ops.mmcarafe.carafe_grad_features, _grad_features),
+    (torch.ops.mmcarafe.carafe_grad_weights, _grad_weights),
+):
+    if hasattr(flop_counter, 'register_flop_formula'):
         flop_counter.register_flop_formula(_operator)(_formula)
+    else:  # torch 2.1
+        flop_counter.flop_mapping[_operator] = _formula
 # Each analyzer copies these tables when it is made.
 for _table, _handle in (
     (complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS, _multiply_adds),

@@ -57,6 +57,18 @@ class Detector(nn.Module):
         return self.neck(self.backbone(image))
 
 
+class Pyramid(nn.Module):
+    """Two levels for a neck; the coarser one is half of the finer."""
+
+    def __init__(self, neck):
+        super().__init__()
+        self.neck = neck
+
+    def forward(self, x):
+        finer = nn.functional.interpolate(x, scale_factor=2)
+        return self.neck((finer, torch.cat([x, -x], 1)))[0]
+
+
 def module(**kwargs):
     defaults = dict(channels=8, compressed_channels=4)
     return CARAFE(**{**defaults, **kwargs}), 8
@@ -69,6 +81,31 @@ SMALL = dict(type='mmcarafe.CARAFE', up_kernel=3, compressed_channels=8)
 def neck():
     pytest.importorskip('mmdet')
     return Detector(), 3
+
+
+def swapped(**cfg):
+    pytest.importorskip('mmdet')
+    init_default_scope('mmdet')
+    return Pyramid(MODELS.build(dict(in_channels=[8, 16], **cfg))), 8
+
+
+def pafpn():
+    return swapped(
+        type='mmcarafe.CARAFEPAFPN',
+        out_channels=8,
+        num_outs=2,
+        upsample_cfg=SMALL,
+    )
+
+
+def yolox():
+    return swapped(
+        type='mmcarafe.swap_upsample',
+        of='YOLOXPAFPN',
+        out_channels=8,
+        num_csp_blocks=1,
+        upsampler=SMALL,
+    )
 
 
 def head():
@@ -89,6 +126,8 @@ MODELS_OF = {
     ),
     'ready_masks': lambda: (Masks(), 8),
     'neck': neck,
+    'pafpn': pafpn,
+    'yolox': yolox,
     'head': head,
 }
 for_each_model = pytest.mark.parametrize('name', MODELS_OF)
@@ -179,6 +218,18 @@ def test_onnx(name, exporter, export_onnx, tmp_path):
         assert len(outs) == len(expected)
         for out, want in zip(outs, expected):
             assert_close(torch.from_numpy(out), want, rtol=0, atol=1e-5)
+
+
+@needs_onnx
+def test_opset_13(export_onnx, tmp_path):
+    import onnx
+
+    model, images = build('two_groups')
+    file = str(tmp_path / 'model.onnx')
+    export_onnx.export(model, images[0], file, 'torchscript', 13)
+    proto = onnx.load(file)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [('', 13)]
+    onnx.checker.check_model(proto, full_check=True)
 
 
 @needs_onnx
@@ -276,12 +327,37 @@ def test_tool_writes_nothing_when_the_check_fails(
     assert not list(tmp_path.iterdir())
 
 
+@needs_onnx
+def test_tool_refuses_weights_of_another_model(tmp_path):
+    pytest.importorskip('mmseg')
+    checkpoint = tmp_path / 'weights.pth'
+    torch.save(dict(state_dict={}, meta={}), checkpoint)
+    process = run_tool(UPERNET, checkpoint, '--out', tmp_path / 'model.onnx')
+    assert process.returncode == 1
+    assert f'{checkpoint} is not of this config' in process.stderr
+    assert 'channel_compressor' in process.stderr
+    assert not (tmp_path / 'model.onnx').exists()
+
+
+@needs_onnx
+def test_tool_exports_the_baseline_too(tmp_path):
+    pytest.importorskip('mmseg')
+    out = tmp_path / 'model.onnx'
+    process = run_tool('configs/shapes/upernet_r18_shapes.py', '--out', out)
+    assert process.returncode == 0, process.stderr
+    assert out.exists()
+
+
 @pytest.mark.parametrize(
     'args, message',
     [
         (['missing.py'], 'there is no file missing.py'),
         ([UPERNET, 'missing.pth'], 'there is no checkpoint missing.pth'),
         ([UPERNET, '--opset', '18'], '--opset is 18, expected 13 to 17'),
+        (
+            [UPERNET, '--opset', '16', '--exporter', 'dynamo'],
+            '--opset is 16, expected 17 to 17',
+        ),
         ([UPERNET, '--out', 'no/model.onnx'], '--out: there is no folder no'),
         (
             ['configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'],

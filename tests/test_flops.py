@@ -1,7 +1,9 @@
 """The counters of operations, and the README's tables made with them."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,21 +140,28 @@ def test_get_flops_of_a_segmentor():
     assert '65.12 M' in output and '480.4 G' in output  # as in upernet_table
 
 
-def test_get_flops_of_a_detector():
-    """With the head's fully connected layers for all 100 proposals."""
+def test_get_flops_of_a_detector(monkeypatch):
+    """With the box head's layers for all 100 proposals."""
     pytest.importorskip('mmdet')
-    small, large = (
-        output_of('get_flops', CARAFE_FPN, '--shape', str(h), '96')
-        for h in (64, 128)
-    )
+    monkeypatch.syspath_prepend(ROOT / 'tools/analysis')
+    import get_flops
 
-    def flops(output):
-        return float(output.split('FLOPs')[1].split()[0])
-
+    cfg = Config.fromfile(ROOT / CARAFE_FPN)
+    init_default_scope('mmdet')
+    model = get_flops.build(cfg.model)
+    _, small = get_flops.count(model, (64, 96))
+    _, large = get_flops.count(model, (128, 96))
     # what grows with the image is twice as much, the box head stays
-    heads = 2 * flops(small) - flops(large)
-    layers = 2 * 100 * (7 * 7 * 64 * 256 + 256 * 256 + 256 * (7 + 24)) / 1e9
-    assert heads == pytest.approx(layers, abs=0.15)  # of rounding
+    per_box = 7 * 7 * 64 * 256 + 256 * 256 + 256 * (7 + 24)
+    assert 2 * small - large == 2 * 100 * per_box
+
+
+def test_get_flops_of_a_cascade():
+    pytest.importorskip('mmdet')
+    config = 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
+    folder = Path(importlib.util.find_spec('mmdet').origin).parent
+    path = str(folder / '.mim/configs' / config)
+    assert 'FLOPs' in output_of('get_flops', path, '--shape', '64', '96')
 
 
 @pytest.mark.parametrize(

@@ -111,12 +111,34 @@ def plain_fpn_carafe(state, inputs):
     return [conv(f'fpn_convs.{i}', x, padding=1) for i, x in enumerate(levels)]
 
 
+def published_neck():
+    """Names and shapes of FPN_CARAFE's weights, as mmdet 2.1 wrote them."""
+    for i, channels in enumerate((256, 512, 1024, 2048)):
+        yield f'lateral_convs.{i}.conv.weight', (256, channels, 1, 1)
+    yield 'lateral_convs.4.conv.weight', (256, 2048, 3, 3)
+    for i in range(5):
+        yield f'lateral_convs.{i}.conv.bias', (256,)
+        yield f'fpn_convs.{i}.conv.weight', (256, 256, 3, 3)
+        yield f'fpn_convs.{i}.conv.bias', (256,)
+    for i in range(4):
+        upsampler = f'upsample_modules.{i}'
+        yield f'{upsampler}.channel_compressor.weight', (64, 256, 1, 1)
+        yield f'{upsampler}.channel_compressor.bias', (64,)
+        yield f'{upsampler}.content_encoder.weight', (100, 64, 3, 3)
+        yield f'{upsampler}.content_encoder.bias', (100,)
+
+
 @pytest.mark.parametrize('layout', ['mmdet 2', 'mmdet 3'])
 @pytest.mark.parametrize('name', NAMES)
 def test_published_layout_loads_strictly_and_runs(name, layout, tmp_path):
     source = build(name)
     state = source.state_dict()
-    assert 'neck.upsample_modules.3.content_encoder.weight' in state
+    neck = {
+        name[len('neck.') :]: tuple(value.shape)
+        for name, value in state.items()
+        if name.startswith('neck.')
+    }
+    assert neck == dict(published_neck())
     checkpoint = dict(meta=meta(layout, name), state_dict=state)
     file = tmp_path / f'{name}.pth'
     torch.save(checkpoint, file)

@@ -15,6 +15,7 @@ import os
 import os.path as osp
 import tempfile
 import warnings
+from functools import partial
 from importlib.util import find_spec
 
 import _cli
@@ -23,6 +24,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
+
+from mmcarafe.ops.export import adaptive_avg_pool2d
 
 TOLERANCE = 1e-5  # of the largest logit
 NEEDS = dict(torchscript=['onnx'], dynamo=['onnx', 'onnxscript'])
@@ -38,7 +41,7 @@ def parse_args():
         '--out', help='file to write (default: CONFIG.onnx in this folder)'
     )
     parser.add_argument(
-        '--opset', type=int, default=17, help='13 to 17 (default: 17)'
+        '--opset', type=int, default=17, help='13 to 17 (default); dynamo: 17'
     )
     parser.add_argument(
         '--exporter',
@@ -52,7 +55,10 @@ def parse_args():
 
 
 def has_dynamo():
-    return 'dynamic_shapes' in inspect.signature(torch.onnx.export).parameters
+    parameters = inspect.signature(torch.onnx.export).parameters
+    return 'dynamic_shapes' in parameters and hasattr(
+        getattr(torch.export, 'Dim', None), 'DYNAMIC'
+    )
 
 
 class PixelsToLogits(nn.Module):
@@ -78,6 +84,11 @@ class PixelsToLogits(nn.Module):
 
 def export(model, image, file, exporter, opset, outputs=('logits',)):
     """Write ``model`` to ``file``, for any batch and any size of ``image``."""
+    for module in model.modules():
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            bins = module.output_size
+            size = (bins, bins) if isinstance(bins, int) else bins
+            module.forward = partial(adaptive_avg_pool2d, size=size)
     axes = {0: 'batch', 2: 'height', 3: 'width'}
     names = dict(input_names=['image'], output_names=list(outputs))
     with warnings.catch_warnings(), torch.no_grad():
@@ -179,9 +190,12 @@ def main():
     missing = [m for m in NEEDS[args.exporter] if not find_spec(m)]
     missing += [] if find_spec('onnxruntime') else ['onnxruntime']
     if missing:
-        _cli.fail(f'please install what is missing: pip install {missing}')
-    if not 13 <= args.opset <= 17:
-        _cli.fail(f'--opset is {args.opset}, expected 13 to 17')
+        _cli.fail(f'please install what is missing: {" ".join(missing)}')
+    if args.exporter == 'dynamo' and not has_dynamo():
+        _cli.fail('--exporter dynamo needs a newer torch (2.6)')
+    lowest = 17 if args.exporter == 'dynamo' else 13
+    if not lowest <= args.opset <= 17:
+        _cli.fail(f'--opset is {args.opset}, expected {lowest} to 17')
     cfg = _cli.read_config(args, 'model')
     if cfg.get('default_scope') != 'mmseg':
         _cli.fail(f'config {args.config} is not one of mmseg')
@@ -200,8 +214,15 @@ def main():
 
     init_default_scope('mmseg')
     segmentor = MODELS.build(cfg.model)
+    if segmentor.out_channels == 1:
+        _cli.fail('decode_head.out_channels is 1, expected 2 or more classes')
+    if segmentor.data_preprocessor.test_cfg:
+        _cli.fail('data_preprocessor.test_cfg pads; expected None')
     if args.checkpoint:
-        load_checkpoint(segmentor, args.checkpoint, map_location='cpu')
+        try:
+            load_checkpoint(segmentor, args.checkpoint, 'cpu', strict=True)
+        except RuntimeError as error:
+            _cli.fail(f'{args.checkpoint} is not of this config: {error}')
     model = PixelsToLogits(revert_sync_batchnorm(segmentor)).eval()
     with tempfile.TemporaryDirectory(dir=osp.dirname(out) or '.') as folder:
         file = osp.join(folder, 'model.onnx')

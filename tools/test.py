@@ -22,7 +22,9 @@ def parse_args():
     )
     parser.add_argument(
         '--show-dir',
-        help='draw the predictions into this folder, in WORK_DIR/TIMESTAMP',
+        help='draw the predictions into this folder, in WORK_DIR/TIMESTAMP '
+        '(segmentation: of each n-th batch, where the config has '
+        'default_hooks.visualization.interval=n)',
     )
     parser.add_argument(
         '--tta',

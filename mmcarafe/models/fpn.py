@@ -2,7 +2,8 @@
 
 from mmdet.models.necks import FPN, PAFPN
 
-from mmcarafe.models.top_down import TopDown
+from mmcarafe.models.top_down import TopDown, build_upsamplers
+from mmcarafe.models.upsample import UPSAMPLE_CFG
 from mmcarafe.registry import MODELS
 
 
@@ -20,12 +21,10 @@ class CARAFEFPN(TopDown, FPN):
             :func:`mmcarafe.models.upsample.build_upsampler`.
     """
 
-    def __init__(
-        self, *args, upsample_cfg=dict(type='mmcarafe.CARAFE'), **kwargs
-    ):
+    def __init__(self, *args, upsample_cfg=UPSAMPLE_CFG, **kwargs):
         super().__init__(*args, **kwargs)
         self.upsample_cfg = upsample_cfg
-        self.build_upsamplers(upsample_cfg)
+        self.upsample_modules = build_upsamplers(self, upsample_cfg)
 
 
 @MODELS.register_module()

@@ -4,14 +4,12 @@ from functools import partial
 from importlib.util import find_spec
 
 from mmengine.logging import print_log
-from mmengine.model import ModuleDict, ModuleList
+from mmengine.model import ModuleDict
 from torch import nn
 
-from mmcarafe.models.top_down import TopDown
-from mmcarafe.models.upsample import build_upsampler
+from mmcarafe.models.top_down import TopDown, build_upsamplers
+from mmcarafe.models.upsample import UPSAMPLE_CFG, build_upsampler
 from mmcarafe.registry import MODELS
-
-UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')
 
 
 def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
@@ -24,7 +22,9 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
     - mmdet's ``YOLOXPAFPN`` and ``CSPNeXtPAFPN``, with one upsampler for each
       number of channels; image sizes stay multiples of their strides;
     - ``nn.Upsample`` and mmseg's ``Upsample`` by a whole number, behind a
-      convolution in an ``nn.Sequential``, such as those of ``FPNHead``.
+      convolution in the same ``nn.Sequential``, as in ``FPNHead``. A parent
+      whose ``init_cfg`` names all convolutions initialises these upsamplers
+      too; call their own ``init_weights`` after its.
 
     What a model interpolates otherwise, such as its logits to the size of the
     image, stays. All other parameters keep their names. The log says what was
@@ -54,7 +54,8 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
         if plan is None and isinstance(module, nn.Sequential):
             plan = _plan_sequential
         for new, replace in plan(module, upsample_cfg) if plan else []:
-            swaps.append((name or type(model).__name__, new, replace))
+            like = next(module.parameters())  # for its device and dtype
+            swaps.append((name or type(model).__name__, like, new, replace))
     if not swaps:
         known = ', '.join(
             f'{c.__module__.split(".")[0]}.{c.__name__}' for c in _PLANS
@@ -67,10 +68,8 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
             'that calls mmcarafe.models.upsample.build_upsampler there, as '
             'mmcarafe/models/fpn.py does.'
         )
-    like = next(model.parameters(), None)
-    for name, new, replace in swaps:
-        new.train(model.training)
-        replace(new if like is None else new.to(like))
+    for name, like, new, replace in swaps:
+        replace(new.to(like).train(model.training))
         print_log(f'mmcarafe: the upsampling in {name} is replaced', 'current')
     return model
 
@@ -98,10 +97,7 @@ def build_swapped(of, upsampler=UPSAMPLE_CFG, **kwargs):
 
 def _plan_top_down(cls):
     def plan(fpn, upsample_cfg):
-        new = ModuleList(
-            build_upsampler(upsample_cfg, fpn.out_channels)
-            for _ in fpn.lateral_convs[1:]
-        )
+        new = build_upsamplers(fpn, upsample_cfg)
 
         def replace(new):
             fpn.upsample_modules = new
@@ -113,6 +109,8 @@ def _plan_top_down(cls):
 
 
 def _plan_yolox(pafpn, upsample_cfg):
+    if not isinstance(pafpn.upsample, nn.Upsample):  # swapped before
+        return []
     widths = pafpn.in_channels[:-1]
     new = ByChannels(
         {str(c): build_upsampler(upsample_cfg, c) for c in widths}
@@ -128,9 +126,10 @@ def _plan_sequential(layers, upsample_cfg):
         if channels and scale_factor:
             new = build_upsampler(upsample_cfg, channels, scale_factor)
             swaps.append((new, partial(layers.__setitem__, index)))
-        for module in layer.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                channels = module.out_channels
+        # of a convolution, and of mmcv's ConvModule
+        channels = getattr(layer, 'out_channels', channels)
+        if isinstance(layer, _CHANGES_CHANNELS):
+            channels = None
     return swaps
 
 
@@ -149,11 +148,13 @@ class ByChannels(ModuleDict):
     """Upsamplers for maps of several widths, where one module served all."""
 
     def forward(self, x):
-        return self[str(x.shape[1])](x)
+        return self[str(int(x.shape[1]))](x)  # int: of a traced size
 
 
 _PLANS = {}
 _LAYERS = (nn.Upsample,)
+# or may, so that how many leave them is not known
+_CHANGES_CHANNELS = (nn.Sequential, nn.PixelShuffle, nn.PixelUnshuffle)
 if find_spec('mmdet'):
     from mmdet.models import necks
 

@@ -6,14 +6,16 @@ from mmengine.model import ModuleList
 from mmcarafe.models.upsample import build_upsampler, fit
 
 
+def build_upsamplers(fpn, upsample_cfg):
+    """One upsampler for each step from a level to the next finer one."""
+    return ModuleList(
+        build_upsampler(upsample_cfg, fpn.out_channels)
+        for _ in fpn.lateral_convs[1:]
+    )
+
+
 class TopDown:
     """Mixin that replaces ``forward`` of mmdet's or mmseg's FPN."""
-
-    def build_upsamplers(self, upsample_cfg):
-        self.upsample_modules = ModuleList(
-            build_upsampler(upsample_cfg, self.out_channels)
-            for _ in self.lateral_convs[1:]
-        )
 
     def forward(self, inputs):
         """Merge the backbone's levels top-down.

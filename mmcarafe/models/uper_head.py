@@ -5,11 +5,8 @@ from mmengine.model import ModuleList
 from mmseg.models.decode_heads import UPerHead
 from mmseg.models.utils import resize
 
-from mmcarafe.models.upsample import build_upsampler, fit
-from mmcarafe.ops import export
+from mmcarafe.models.upsample import UPSAMPLE_CFG, build_upsampler, fit
 from mmcarafe.registry import MODELS
-
-UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')
 
 
 @MODELS.register_module()
@@ -94,7 +91,7 @@ class CARAFEUPerHead(UPerHead):
         for pool, upsampler in zip(
             self.psp_modules, self.ppm_upsample_modules
         ):
-            pooled = _pool(pool, x)
+            pooled = pool(x)
             if upsampler is not None:
                 pooled = self._resize(pooled, half)
             outs.append(self._upsample(pooled, size, upsampler))
@@ -137,14 +134,6 @@ class CARAFEUPerHead(UPerHead):
         return resize(
             x, size=size, mode='bilinear', align_corners=self.align_corners
         )
-
-
-def _pool(pool, x):
-    if not torch.onnx.is_in_onnx_export():
-        return pool(x)
-    average, conv = pool
-    bins = average.output_size
-    return conv(export.adaptive_avg_pool2d(x, (bins, bins)))
 
 
 def _build(cfg, channels, name):

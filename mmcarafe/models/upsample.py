@@ -14,6 +14,7 @@ from mmcarafe.ops import carafe_from_logits
 from mmcarafe.ops.carafe import check_int, check_normalizer
 from mmcarafe.registry import MODELS
 
+UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')  # what every default is
 # torch >= 2.7
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 

@@ -23,6 +23,7 @@ from mmengine.structures import InstanceData
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmcarafe.flops  # noqa: F401  (so that CARAFE is counted)
+import mmcarafe.registry  # noqa: F401  (so that mmseg:: is found)
 
 
 def build(cfg):
@@ -67,7 +68,8 @@ def _run_two_stages(model, image):
     boxes = corners.expand(model.test_cfg.rpn.max_per_img, 4)
     features = model.extract_feat(image)
     model.rpn_head(features)
-    model.roi_head(features, [InstanceData(bboxes=boxes)], None)
+    sample = InstanceData(metainfo=dict(img_shape=tuple(image.shape[2:])))
+    model.roi_head(features, [InstanceData(bboxes=boxes)], [sample])
 
 
 def main():
@@ -91,6 +93,8 @@ def main():
     shape = args.shape or ((512, 512) if scope == 'mmseg' else (800, 1333))
     if min(shape) < 1:
         parser.error(f'--shape is {shape}, expected two ints >= 1')
+    if 'roi_head' in cfg.model and 'rpn_head' not in cfg.model:
+        parser.error('model has a roi_head, expected an rpn_head too')
     init_default_scope(scope)
     parameters, flops = count(build(cfg.model), shape)
     print(f'image       1 x 3 x {shape[0]} x {shape[1]}')

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.utils import digit_version
 from torch import _weights_only_unpickler as torch_unpickler
 
@@ -144,3 +145,6 @@ def _reason(error):
 
 
 CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
+# onedl-mmengine brings a list of its own, with getattr of anything.
+if hasattr(mmengine_checkpoint, 'get_torch_safe_globals'):
+    mmengine_checkpoint.get_torch_safe_globals = list

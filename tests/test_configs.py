@@ -60,7 +60,8 @@ def segmentation_batch(cfg):
 @pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated')
 @pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False')
 @pytest.mark.filterwarnings('ignore:For binary segmentation, we suggest')
-# mmdet's, in YOLOX's loss
+# mmdet's, in YOLOX's loss, and that of onedl-mmdetection
+@pytest.mark.filterwarnings('ignore:torch.meshgrid. in an upcoming release')
 @pytest.mark.filterwarnings('ignore:`torch.cuda.amp.autocast.args...:')
 @pytest.mark.parametrize('path', CONFIGS)
 def test_config(path):

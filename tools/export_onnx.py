@@ -70,7 +70,10 @@ class PixelsToLogits(nn.Module):
 
     def forward(self, image):
         preprocess = self.segmentor.data_preprocessor
-        x = image.flip(1) if preprocess.channel_conversion else image
+        flip = getattr(preprocess, 'channel_conversion', None)
+        if flip is None:  # onedl-mmsegmentation
+            flip = preprocess._channel_conversion
+        x = image.flip(1) if flip else image
         if preprocess._enable_normalize:
             x = (x - preprocess.mean) / preprocess.std
         logits = self.segmentor(x)

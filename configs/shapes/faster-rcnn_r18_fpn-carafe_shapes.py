@@ -63,7 +63,9 @@ dataset = dict(
 scale = (160, 160)  # half of the 320 * 320 pixels in the files
 train_dataloader = dict(
     batch_size=4,
-    num_workers=1,
+    # a process that loads would take one of two cores from the training
+    num_workers=0,
+    persistent_workers=False,
     dataset=dict(
         ann_file='annotations/instances_training.json',
         data_prefix=dict(img='images/training/'),

@@ -54,7 +54,9 @@ dataset = dict(
 )
 train_dataloader = dict(
     batch_size=4,
-    num_workers=1,
+    # a process that loads would take one of two cores from the training
+    num_workers=0,
+    persistent_workers=False,
     dataset=dict(
         pipeline=[
             dict(type='LoadImageFromFile'),

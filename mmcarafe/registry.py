@@ -1,6 +1,7 @@
 """The registry node that the prefix in ``type='mmcarafe.…'`` leads to."""
 
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 
 from mmengine.config import utils
 from mmengine.registry import MODELS as ROOT
@@ -9,6 +10,10 @@ from mmengine.registry import Registry
 MODELS = Registry(
     'model', parent=ROOT, scope='mmcarafe', locations=['mmcarafe.models']
 )
+
+HAS_MMDET = find_spec('mmdet') is not None
+# mmseg imports the other two, and does not require them
+HAS_MMSEG = all(map(find_spec, ('mmseg', 'ftfy', 'regex')))
 
 
 def _installed(name):

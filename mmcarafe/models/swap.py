@@ -1,7 +1,6 @@
 """Put CARAFE into necks and heads that know only interpolation."""
 
 from functools import partial
-from importlib.util import find_spec
 
 from mmengine.logging import print_log
 from mmengine.model import ModuleDict
@@ -9,7 +8,7 @@ from torch import nn
 
 from mmcarafe.models.top_down import TopDown, build_upsamplers
 from mmcarafe.models.upsample import UPSAMPLE_CFG, build_upsampler
-from mmcarafe.registry import MODELS
+from mmcarafe.registry import HAS_MMDET, HAS_MMSEG, MODELS
 
 
 def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
@@ -155,7 +154,7 @@ _PLANS = {}
 _LAYERS = (nn.Upsample,)
 # or may, so that how many leave them is not known
 _CHANGES_CHANNELS = (nn.Sequential, nn.PixelShuffle, nn.PixelUnshuffle)
-if find_spec('mmdet'):
+if HAS_MMDET:
     from mmdet.models import necks
 
     from mmcarafe.models.fpn import CARAFEFPN, CARAFEPAFPN
@@ -164,7 +163,7 @@ if find_spec('mmdet'):
     _PLANS[necks.PAFPN] = _plan_top_down(CARAFEPAFPN)
     _PLANS[necks.YOLOXPAFPN] = _plan_yolox
     _PLANS[necks.CSPNeXtPAFPN] = _plan_yolox
-if all(map(find_spec, ('mmseg', 'ftfy', 'regex'))):
+if HAS_MMSEG:
     from mmseg.models.necks import FPN
     from mmseg.models.utils import Upsample
 

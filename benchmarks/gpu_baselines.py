@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 import mmcarafe
-from mmcarafe.ops import reference
 
 
 def copy_floor(features, kernel_size, backward, scale_factor=2):
@@ -38,12 +37,30 @@ def copy_floor(features, kernel_size, backward, scale_factor=2):
     return lambda: target.copy_(source)
 
 
+def shifts(features, logits, kernel_size):
+    """CARAFE as a sum of shifted features, which torch.compile fuses.
+
+    It cannot compile the reference: that adds in place, to a slice for each
+    tap and each few channels, which inductor takes more than ten minutes for.
+    """
+    n, c, h, w = features.shape
+    weights = logits.view(n, 1, kernel_size**2, 2, 2, h, w).float().softmax(2)
+    padded = F.pad(features, [kernel_size // 2] * 4).float()
+    out = 0
+    for k in range(kernel_size**2):
+        y, x = divmod(k, kernel_size)
+        shifted = padded[:, :, None, None, y : y + h, x : x + w]
+        out = out + shifted * weights[:, :, k]  # [N, C, 2, 2, H, W]
+    out = out.permute(0, 1, 4, 2, 5, 3).reshape(n, c, 2 * h, 2 * w)
+    return out.to(features.dtype)
+
+
 def methods(features, logits, kernel_size, mmcv):
     """What bench_op.py compares on a GPU only: name -> (function, inputs)."""
     # One shape at a time, as fast as it gets.
-    compiled = torch.compile(reference.carafe_from_logits, dynamic=False)
+    compiled = torch.compile(shifts, dynamic=False)
     found = {
-        'CARAFE, compiled PyTorch path': (
+        'CARAFE, compiled shifts': (
             lambda x, y: compiled(x, y, kernel_size),
             [features, logits],
         ),
@@ -82,7 +99,9 @@ def modules(features, mmcv):
         run = torch.compile(functional_call) if compiled else functional_call
 
         def call(x, *values):
-            with torch.autocast('cuda', autocast, enabled=bool(autocast)):
+            with torch.autocast(
+                x.device.type, autocast, enabled=bool(autocast)
+            ):
                 out = run(module, dict(zip(names, values)), (x,))
             return out.to(x.dtype)
 
@@ -145,19 +164,29 @@ def mmcv_carafe(source):
     from torch.utils.cpp_extension import load_inline
 
     root = Path(source, 'mmcv', 'ops', 'csrc').resolve(strict=True)
+    # Past mmcv's registry of devices, which other files of it would fill.
+    names = [
+        f'CARAFE{direction}CUDAKernelLauncher'
+        for direction in ('Forward', 'Backward')
+    ]
+    declarations = [
+        f'void {name}({", ".join(["at::Tensor"] * tensors + ["int"] * 3)});'
+        for name, tensors in zip(names, (6, 9))
+    ]
     flags = ['-O3', '-DMMCV_WITH_CUDA']
     extension = load_inline(
         'mmcv_carafe',
-        cpp_sources='#include "carafe.cpp"',
+        cpp_sources='\n'.join(declarations),
         cuda_sources='#include "carafe_cuda.cu"',
-        functions=['carafe_forward', 'carafe_backward'],
+        functions=names,
         extra_cflags=flags,
         extra_cuda_cflags=flags,
         extra_include_paths=[
             str(root / path)
-            for path in ('pytorch', 'pytorch/cuda', 'common', 'common/cuda')
+            for path in ('pytorch/cuda', 'common', 'common/cuda')
         ],
     )
+    launch_forward, launch_backward = (getattr(extension, n) for n in names)
 
     class Function(torch.autograd.Function):
         """Allocates, fills and keeps what mmcv/ops/carafe.py does."""
@@ -170,9 +199,7 @@ def mmcv_carafe(source):
             transposed = [
                 torch.zeros_like(x) for x in (features, output, masks)
             ]
-            extension.carafe_forward(
-                features, masks, *transposed, output, *sizes
-            )
+            launch_forward(features, masks, *transposed, output, *sizes)
             ctx.save_for_backward(features, masks, transposed[0])
             ctx.sizes = sizes
             return output
@@ -185,7 +212,7 @@ def mmcv_carafe(source):
                 torch.zeros_like(x)
                 for x in (grad, grad, features, masks, features, masks)
             ]
-            extension.carafe_backward(
+            launch_backward(
                 grad.contiguous(), transposed, masks, *zeros, *ctx.sizes
             )
             return *zeros[-2:], *(None for _ in ctx.sizes)

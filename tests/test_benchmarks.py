@@ -1,0 +1,104 @@
+"""What the benchmark compares computes the same, also what only GPUs run."""
+
+import pytest
+import torch
+from conftest import ROOT
+
+from mmcarafe.ops import carafe
+
+
+@pytest.fixture
+def bench_op(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    import bench_op
+
+    return bench_op
+
+
+def mmcv_carafe(features, masks, kernel_size, group_size, scale_factor):
+    """What mmcv's own takes: no bf16, no channels_last, one dtype."""
+    assert features.dtype == masks.dtype != torch.bfloat16
+    assert features.is_contiguous() and masks.is_contiguous()
+    return carafe(features, masks, kernel_size, group_size, scale_factor)
+
+
+def all_methods(bench_op, features, methods):
+    found = methods(features, None)
+    logits = found['CARAFE'][1][1]
+    return found | bench_op.gpu_baselines.methods(
+        features, logits, bench_op.KERNEL_SIZE, mmcv_carafe
+    )
+
+
+@pytest.mark.parametrize(
+    'dtype, channels_last',
+    ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)),
+)
+def test_every_carafe_is_the_same(bench_op, dtype, channels_last):
+    features = torch.randn(2, 16, 6, 7, dtype=dtype)
+    if channels_last:
+        features = features.contiguous(memory_format=torch.channels_last)
+    methods = all_methods(bench_op, features, bench_op.methods)
+    function, inputs = methods['CARAFE']
+    exact = function(*(x.double() for x in inputs))
+    compared = [name for name in methods if name.startswith('CARAFE')]
+    assert ("CARAFE, mmcv's" in compared) == (
+        dtype == torch.float32 and not channels_last
+    )
+    for name in compared:
+        function, inputs = methods[name]
+        rounded = any(x.dtype == torch.bfloat16 for x in inputs)
+        # half a unit in the last place of bf16, of values up to 4; sums of 25
+        # products in fp32
+        torch.testing.assert_close(
+            function(*inputs).double(),
+            exact,
+            rtol=0,
+            atol=2**-5 if rounded else 1e-5,
+            msg=lambda message, name=name: f'{name}: {message}',
+        )
+
+
+def test_every_module_is_the_same(bench_op):
+    """With the parameters of one of them, to the bits of their dtypes."""
+    features = torch.randn(2, 16, 6, 7)
+    modules = bench_op.gpu_baselines.modules(features, mmcv_carafe)
+    assert len(modules) == 4
+    inputs = modules["module, mmcv's, fp32"][1]
+    exact = modules["module, mmcv's, fp32"][0](*inputs)
+    for name, (function, own) in modules.items():
+        assert [x.shape for x in own] == [x.shape for x in inputs]
+        values = [x.to(y.dtype) for x, y in zip(inputs, own)]
+        torch.testing.assert_close(
+            function(*values).float(), exact, rtol=0, atol=2**-5, msg=name
+        )
+
+
+def test_report(bench_op, tmp_path, monkeypatch):
+    """Every method in every pass, in the table and in the plot."""
+    device = torch.device('cpu')
+    methods = bench_op.methods
+    monkeypatch.setattr(
+        bench_op, 'methods', lambda x, _: all_methods(bench_op, x, methods)
+    )
+    results = bench_op.measure(
+        (1, 8, 5, 6),
+        torch.float32,
+        device,
+        torch.contiguous_format,
+        budget=0,
+    )
+    names = {r['method'] for r in results}
+    assert {'CARAFE', "CARAFE, mmcv's", "module, mmcv's, fp32"} < names
+    assert len(results) == len(bench_op.PASSES) * len(names)
+    assert all(r['seconds'] > 0 and r['peak_bytes'] > 0 for r in results)
+    report = {
+        'environment': bench_op.environment(device),
+        'dtype': 'float32',
+        'memory_format': 'contiguous',
+        'results': [{'shape': 'small', **r} for r in results],
+    }
+    table = bench_op.table(report)
+    assert table.count('| CARAFE, bf16 |') == len(bench_op.PASSES)
+    bench_op.plot(report, tmp_path / 'plot.png')
+    assert (tmp_path / 'plot.png').stat().st_size > 10_000

@@ -5,7 +5,6 @@ Triton's interpreter: in a process of its own, because Triton has to know
 before it is imported. Compiling ahead of time needs no GPU either.
 """
 
-import importlib.util
 import itertools
 import os
 import re
@@ -21,8 +20,7 @@ from mmcarafe.ops import carafe, carafe_from_logits, reference
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec('triton') is None,
-    reason='triton is not installed (pip install triton)',
+    kernels._why_reference() is not None, reason=kernels._why_reference()
 )
 
 

@@ -113,7 +113,7 @@ class CARAFEUPerHead(UPerHead):
 
     def _fuse(self, levels):
         """Concatenate C channels of each level at the size of the finest."""
-        if None in self.fuse_upsample_modules:
+        if isinstance(self.fuse_upsample_modules, list):  # of None
             size = levels[0].shape[2:]
             levels[1:] = [self._resize(x, size) for x in levels[1:]]
             return torch.cat(levels, dim=1)

@@ -9,14 +9,24 @@ import torch
 import mmcarafe
 from mmcarafe.ops import cpu, triton
 
-PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'triton')
+# Each module comes from OpenMMLab's package or from its maintained fork.
+PACKAGES = (
+    ('mmengine', 'onedl-mmengine'),
+    ('mmcv', 'onedl-mmcv'),
+    ('mmdet', 'onedl-mmdetection'),
+    ('mmsegmentation', 'onedl-mmsegmentation'),
+    ('triton',),
+)
 
 
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return 'not installed'
+def version(packages):
+    for package in packages:
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return f'{package} {found}'
+    return f'{packages[0]} not installed'
 
 
 def cpu_report():
@@ -53,8 +63,8 @@ def main():
     print(f'mmcarafe {mmcarafe.__version__}')
     print(f'Python {platform.python_version()}')
     print(f'torch {torch.__version__}')
-    for package in PACKAGES:
-        print(f'{package} {version(package)}')
+    for packages in PACKAGES:
+        print(version(packages))
     print(f'CPU: {cpu_report()}')
     print(f'CUDA: {cuda_report()}')
 

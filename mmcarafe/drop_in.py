@@ -9,14 +9,18 @@ mmcv's ``carafe``, ``carafe_naive``, ``CARAFE``, ``CARAFENaive`` and
 for all strides, wherever they were imported from before; so do mmdet's
 ``FPN_CARAFE`` and its mask heads. Parameters and state dicts stay mmcv's.
 
-:func:`disable` undoes it, :func:`enable` does it again.
+:func:`disable` undoes it, :func:`enable` does it again; neither between a
+forward pass and its backward. Of torch's ONNX exporters the old one takes
+``CARAFEPack`` only, the new one all of them.
 """
 
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 from mmengine.logging import print_log
 
+import mmcarafe.flops  # noqa: F401  (so that the operator is counted)
 from mmcarafe.ops import carafe, carafe_from_logits, reference
 
 if find_spec('mmcv') is None or find_spec('mmcv._ext') is None:
@@ -36,7 +40,15 @@ from mmcv.ops.carafe import (  # noqa: E402
 )
 
 
+@lru_cache(maxsize=None)
+def _announce():
+    # Not at import, when the log of a run does not exist yet.
+    print_log("mmcv's CARAFE runs on mmcarafe's operator", 'current')
+
+
 def _forward(ctx, features, masks, kernel_size, group_size, scale_factor):
+    if not torch.compiler.is_compiling():
+        _announce()
     ctx.save_for_backward(features, masks)
     ctx.arguments = kernel_size, group_size, scale_factor
     return carafe(features, masks, kernel_size, group_size, scale_factor)
@@ -66,11 +78,13 @@ def _backward(ctx, grad):
 
 
 def _pack_forward(self, x):
-    if (
-        type(self).kernel_normalizer is not CARAFEPack.kernel_normalizer
-        or type(self).feature_reassemble is not CARAFEPack.feature_reassemble
-    ):  # a subclass with steps of its own
-        return _ORIGINALS[CARAFEPack, 'forward'](self, x)
+    for step in ('kernel_normalizer', 'feature_reassemble'):
+        own = getattr(self, step)
+        if getattr(own, '__func__', own) is not getattr(CARAFEPack, step):
+            # a step of a subclass or of an instance
+            return _ORIGINALS[CARAFEPack, 'forward'](self, x)
+    if not torch.compiler.is_compiling():
+        _announce()
     logits = self.content_encoder(self.channel_compressor(x))
     return carafe_from_logits(
         x, logits, self.up_kernel, self.up_group, self.scale_factor
@@ -95,7 +109,6 @@ def enable():
     """Replace mmcv's CARAFE. Importing this module has done it already."""
     for (owner, name), function in _REPLACEMENTS.items():
         setattr(owner, name, function)
-    print_log("mmcv's CARAFE now runs on mmcarafe's operator", 'current')
 
 
 def disable():

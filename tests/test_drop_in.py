@@ -4,6 +4,7 @@ from cases import CASES, all_cases, forward_and_gradients, randn
 
 pytest.importorskip('mmcv._ext', reason='the drop-in patches mmcv.ops')
 import mmcv.ops  # noqa: E402
+import mmengine.analysis  # noqa: E402
 from mmcv.ops import carafe, carafe_naive  # noqa: E402
 
 from mmcarafe import CARAFE, drop_in, ops  # noqa: E402
@@ -63,6 +64,47 @@ def test_a_subclass_of_the_pack_keeps_its_own_steps():
     module = CARAFE(8, normalizer='sigmoid')
     module.load_state_dict(pack.state_dict())
     torch.testing.assert_close(pack(x), module(x))
+
+
+def test_a_pack_with_a_step_of_its_own():
+    pack, x = mmcv.ops.CARAFEPack(8, 2), torch.randn(1, 8, 5, 7)
+    pack.kernel_normalizer = lambda mask: mask.new_zeros(1, 25, 10, 14)
+    assert not pack(x).any()
+
+
+def test_code_written_for_mmcv():
+    """Filters as FreqFusion's: S=1, several groups, masks made outside."""
+    x, filters = torch.randn(2, 8, 6, 7), torch.randn(2, 4 * 9, 6, 7)
+
+    def run(x, filters):
+        x = x.requires_grad_()
+        masks = filters.unflatten(1, (4, 9)).softmax(2).flatten(1, 2)
+        out = x - carafe(x, masks, 3, 4, 1)
+        return out, *torch.autograd.grad(out.square().sum(), x)
+
+    exact = run(x.double(), filters.double())
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-4)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for result, want in zip(
+                run(
+                    x.to(dtype, memory_format=layout),
+                    filters.to(dtype, memory_format=layout),
+                ),
+                exact,
+            ):
+                assert result.dtype == dtype
+                torch.testing.assert_close(
+                    result.double(), want, rtol=tolerance, atol=tolerance
+                )
+
+
+def test_its_operations_are_counted():
+    """FlopCounterMode of torch, and mmengine's, by the import alone."""
+    pack = mmcv.ops.CARAFEPack(8, 2)
+    info = mmengine.analysis.get_model_complexity_info(
+        pack, (8, 5, 7), show_table=False, show_arch=False
+    )
+    assert info['flops'] == 35 * (8 * 64 + 9 * 64 * 100 + 100 * 8)
 
 
 def test_autocast_with_two_dtypes():

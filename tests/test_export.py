@@ -330,6 +330,42 @@ def test_tool_writes_nothing_when_the_check_fails(
 
 
 @needs_onnx
+def test_tool_compares_with_what_was_not_changed_for_the_export(
+    export_onnx, tmp_path, monkeypatch
+):
+    """A wrong pooling in the file is a difference, not what PyTorch does."""
+    pytest.importorskip('mmseg')
+    monkeypatch.setattr(
+        export_onnx,
+        'adaptive_avg_pool2d',
+        lambda x, size: export.adaptive_avg_pool2d(x + 1, size),
+    )
+    out = tmp_path / 'model.onnx'
+    monkeypatch.setattr(sys, 'argv', ['', UPERNET, '--out', str(out)])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match='onnxruntime differs from PyTorch'):
+        export_onnx.main()
+    assert not out.exists()
+
+
+@needs_onnx
+def test_tool_names_the_other_exporter(
+    export_onnx, tmp_path, monkeypatch, capsys
+):
+    def fails(*args):
+        raise RuntimeError('an operator that is unknown')
+
+    pytest.importorskip('mmseg')
+    monkeypatch.setattr(export_onnx, 'export', fails)
+    out = tmp_path / 'model.onnx'
+    monkeypatch.setattr(sys, 'argv', ['', UPERNET, '--out', str(out)])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(RuntimeError, match='an operator that is unknown'):
+        export_onnx.main()
+    assert 'perhaps --exporter dynamo can' in capsys.readouterr().err
+
+
+@needs_onnx
 def test_tool_refuses_weights_of_another_model(tmp_path):
     pytest.importorskip('mmseg')
     checkpoint = tmp_path / 'weights.pth'
@@ -342,10 +378,14 @@ def test_tool_refuses_weights_of_another_model(tmp_path):
 
 
 @needs_onnx
-def test_tool_exports_the_baseline_too(tmp_path):
+@pytest.mark.parametrize(
+    'config', [UPERNET, 'configs/shapes/upernet_r18_shapes.py']
+)
+def test_tool_exports_whole_configs(config, tmp_path):
+    """CARAFE of K=5 in all places, and the baseline."""
     pytest.importorskip('mmseg')
     out = tmp_path / 'model.onnx'
-    process = run_tool('configs/shapes/upernet_r18_shapes.py', '--out', out)
+    process = run_tool(config, '--out', out)
     assert process.returncode == 0, process.stderr
     assert out.exists()
 
@@ -361,6 +401,7 @@ def test_tool_exports_the_baseline_too(tmp_path):
             '--opset is 16, expected 17 to 17',
         ),
         ([UPERNET, '--out', 'no/model.onnx'], '--out: there is no folder no'),
+        ([UPERNET, '--out', 'tests'], 'tests is a folder, expected a file'),
         (
             ['configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'],
             'is not one of mmseg',

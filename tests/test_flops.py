@@ -13,7 +13,6 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmcarafe.flops  # noqa: F401  (registers the operators)
 from mmcarafe import CARAFE
 
 CARAFE_FPN = 'configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
@@ -50,6 +49,19 @@ def test_torch_counts_forward_and_both_gradients():
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 4 * 15 * (CONVOLUTIONS + REASSEMBLY)
+
+
+def test_torch_counts_without_the_host_projects():
+    code = (
+        'import sys, torch\n'
+        'from torch.utils.flop_counter import FlopCounterMode\n'
+        'from mmcarafe.ops import carafe\n'
+        'with FlopCounterMode(display=False) as counter:\n'
+        '    carafe(torch.ones(1, 4, 3, 5), torch.ones(1, 25, 6, 10), 5)\n'
+        "print(counter.get_total_flops(), 'mmengine' in sys.modules)\n"
+    )
+    output = subprocess.check_output([sys.executable, '-c', code], text=True)
+    assert output.split() == [str(2 * 25 * 4 * 60), 'False']
 
 
 def test_mmengine_counts_multiply_adds():
@@ -156,6 +168,13 @@ def test_get_flops_of_a_detector(monkeypatch):
     assert 2 * small - large == 2 * 100 * per_box
 
 
+def test_get_flops_pads_as_the_model_does():
+    pytest.importorskip('mmdet')
+    config = 'configs/yolox/yolox_s_pafpn-carafe_8xb8-300e_coco.py'
+    output = output_of('get_flops', config, '--shape', '65', '90')
+    assert '1 x 3 x 96 x 96' in output
+
+
 def test_get_flops_of_a_cascade():
     pytest.importorskip('mmdet')
     config = 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
@@ -170,6 +189,7 @@ def test_get_flops_of_a_cascade():
         ('get_flops', ['missing.py'], 'there is no file missing.py'),
         ('get_flops', [CARAFE_FPN, '--shape', '0', '9'], '--shape is [0, 9]'),
         ('upsampler_table', ['--channels', '0'], '--channels is 0'),
+        ('upernet_table', ['missing.py'], 'there is no file missing.py'),
         (
             'upernet_table',
             ['configs/shapes/upernet_r18_shapes.py'],

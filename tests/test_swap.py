@@ -1,8 +1,11 @@
 """swap_upsample, against the modules whose interpolation it replaces."""
 
+import copy
+
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.testing import assert_close
@@ -179,16 +182,26 @@ def test_what_was_swapped_stays(build):
 
 
 def test_channels_that_are_not_known():
-    """Behind a shuffle, or behind layers that are one module."""
-    from mmcv.cnn import ConvModule
+    """Behind a layer that is no convolution and may change them."""
+    from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
 
     up = nn.Upsample(scale_factor=2)
+    conv = nn.Conv2d(3, 8, 1)
     for before in (
-        [nn.Conv2d(3, 16, 1), nn.PixelShuffle(2)],
-        [nn.Conv2d(3, 8, 1), nn.Sequential(nn.Conv2d(8, 4, 1))],
+        [conv, nn.PixelShuffle(2)],
+        [conv, nn.Sequential(nn.Conv2d(8, 4, 1))],
+        [conv, DepthwiseSeparableConvModule(8, 16, 1)],
+        [conv, nn.GLU(1)],
+        [conv, nn.Flatten(0, 1)],
+        [nn.Conv1d(3, 8, 1)],
     ):
         with pytest.raises(ValueError, match='holds no upsampling'):
             swap_upsample(nn.Sequential(*before, up))
+    keeps = nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Dropout2d()
+    keeps += nn.Identity(), nn.MaxPool2d(2), nn.ZeroPad2d(1), nn.SiLU()
+    model = swap_upsample(nn.Sequential(conv, *keeps, up))
+    assert model[-1].channels == 8
+    assert model(torch.zeros(2, 3, 4, 6)).shape == (2, 8, 8, 10)
     # its offsets are predicted by another convolution, inside
     deformable = ConvModule(3, 8, 3, padding=1, conv_cfg=dict(type='DCNv2'))
     model = swap_upsample(nn.Sequential(deformable, up), CARAFE_CFG)
@@ -207,6 +220,49 @@ def test_in_a_config():
         8,
         16,
     }
+
+
+def test_in_a_config_upsample_cfg_is_the_modules_own():
+    with pytest.raises(ValueError, match='is called upsampler in a config'):
+        yolox(
+            type='mmcarafe.swap_upsample',
+            of='YOLOXPAFPN',
+            upsample_cfg=CARAFE_CFG,
+        )
+
+
+def test_the_backbone_stays():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2)
+            self.backbone = nn.ModuleList([nn.Sequential(*layers)])
+            self.head = nn.Sequential(*layers)
+
+    model = swap_upsample(Model(), CARAFE_CFG)
+    assert isinstance(model.head[1], CARAFE)
+    assert isinstance(model.backbone[0][1], nn.Upsample)
+    swap_upsample(model.backbone, CARAFE_CFG)
+    assert isinstance(model.backbone[0][1], CARAFE)
+
+
+def test_initialised_behind_a_parent_that_names_all_convolutions():
+    """As in SOLOv2's mask head: plain containers in a module of mmengine."""
+
+    def stage():
+        return nn.Sequential(nn.Conv2d(8, 8, 1), nn.Upsample(scale_factor=2))
+
+    head = BaseModule(dict(type='Normal', layer='Conv2d', std=1.0))
+    head.levels = nn.ModuleList([stage(), nn.Sequential(*stage(), *stage())])
+    model = copy.deepcopy(swap_upsample(head, CARAFE_CFG))
+    model.init_weights()
+    plain = [m for m in model.modules() if type(m) is nn.Sequential]
+    assert all(layers[0].weight.std() > 0.5 for layers in plain)
+    added = [m for m in model.modules() if isinstance(m, CARAFE)]
+    assert len(added) == 3
+    for module in added:
+        std = module.content_encoder.weight.std().item()
+        assert std == pytest.approx(0.001, rel=0.1)
 
 
 @pytest.mark.parametrize('of', ['SSDNeck', 'YOLOV3Neck'])
@@ -247,6 +303,9 @@ def test_a_wrong_config_leaves_the_model():
     before = list(model)
     with pytest.raises(ValueError, match='up_group is 4'):
         swap_upsample(model, dict(type='mmcarafe.CARAFE', up_group=4))
+    assert list(model) == before
+    with pytest.raises(ValueError, match='expected no out_channels'):
+        swap_upsample(model, dict(type='mmcarafe.CARAFE', out_channels=4))
     assert list(model) == before
     with pytest.raises(TypeError, match='model is a dict, expected an nn.Mod'):
         swap_upsample(dict())

@@ -301,7 +301,7 @@ def test_mmdets_carafe_config_trains_with_the_drop_in(real_data, tmp_path):
         'train_cfg.val_interval=1',
     )
     assert 'FPN_CARAFE' in printed
-    assert printed.count("mmcv's CARAFE now runs on mmcarafe's operator") == 1
+    assert printed.count("mmcv's CARAFE runs on mmcarafe's operator") == 1
     assert len(losses(tmp_path)) == 4
     assert len(coco_numbers(printed)) == 12
 

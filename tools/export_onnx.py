@@ -13,8 +13,10 @@ import argparse
 import inspect
 import os
 import os.path as osp
+import sys
 import tempfile
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 
@@ -85,16 +87,27 @@ class PixelsToLogits(nn.Module):
         )
 
 
+@contextmanager
+def pooling_by_products(model):
+    """Exported like this; what it is compared with pools as ever."""
+    pools = [m for m in model.modules() if isinstance(m, nn.AdaptiveAvgPool2d)]
+    for pool in pools:
+        bins = pool.output_size
+        size = (bins, bins) if isinstance(bins, int) else bins
+        pool.forward = partial(adaptive_avg_pool2d, size=size)
+    try:
+        yield
+    finally:
+        for pool in pools:
+            del pool.forward
+
+
 def export(model, image, file, exporter, opset, outputs=('logits',)):
     """Write ``model`` to ``file``, for any batch and any size of ``image``."""
-    for module in model.modules():
-        if isinstance(module, nn.AdaptiveAvgPool2d):
-            bins = module.output_size
-            size = (bins, bins) if isinstance(bins, int) else bins
-            module.forward = partial(adaptive_avg_pool2d, size=size)
     axes = {0: 'batch', 2: 'height', 3: 'width'}
     names = dict(input_names=['image'], output_names=list(outputs))
-    with warnings.catch_warnings(), torch.no_grad():
+    quiet = warnings.catch_warnings()
+    with quiet, torch.no_grad(), pooling_by_products(model):
         # The exporters' own: about their age, and about shapes that the old
         # one takes for constants, which the check after this would notice.
         warnings.simplefilter('ignore')
@@ -105,6 +118,7 @@ def export(model, image, file, exporter, opset, outputs=('logits',)):
                 (image,),
                 file,
                 dynamo=True,
+                opset_version=18,
                 dynamic_shapes=(dynamic,),
                 external_data=False,
                 verbose=False,
@@ -202,21 +216,23 @@ def main():
     cfg = _cli.read_config(args, 'model')
     if cfg.get('default_scope') != 'mmseg':
         _cli.fail(f'config {args.config} is not one of mmseg')
-    if cfg.model.get('test_cfg', {}).get('mode', 'whole') != 'whole':
+    if (cfg.model.get('test_cfg') or {}).get('mode', 'whole') != 'whole':
         _cli.fail(
             'model.test_cfg.mode: expected whole; the windows of slide are '
             'cut outside of the model'
         )
     name = osp.splitext(osp.basename(args.config))[0]
     out = args.out or f'{name}.onnx'
+    if osp.isdir(out):
+        _cli.fail(f'--out: {out} is a folder, expected a file')
     if not osp.isdir(osp.dirname(out) or '.'):
         _cli.fail(f'--out: there is no folder {osp.dirname(out)}')
     if args.checkpoint:
         _cli.check_checkpoint(args.checkpoint)
-    _cli.check_model(cfg)
 
     init_default_scope('mmseg')
-    segmentor = MODELS.build(cfg.model)
+    with _cli.mendable('model'):
+        segmentor = MODELS.build(cfg.model)
     if segmentor.out_channels == 1:
         _cli.fail('decode_head.out_channels is 1, expected 2 or more classes')
     if segmentor.data_preprocessor.test_cfg:
@@ -230,8 +246,17 @@ def main():
     with tempfile.TemporaryDirectory(dir=osp.dirname(out) or '.') as folder:
         file = osp.join(folder, 'model.onnx')
         image = torch.zeros(2, 3, 97, 131)  # its sizes have no common factor
-        export(model, image, file, args.exporter, args.opset)
-        check(model, file)
+        try:
+            export(model, image, file, args.exporter, args.opset)
+            check(model, file)
+        except Exception:
+            other = [name for name in NEEDS if name != args.exporter]
+            print(
+                f'--exporter {args.exporter} cannot export this model; '
+                f'perhaps --exporter {other[0]} can',
+                file=sys.stderr,
+            )
+            raise
         os.replace(file, out)
     print(f'{out} is written, opset {args.opset}')
 

@@ -21,18 +21,20 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
     - mmdet's ``YOLOXPAFPN`` and ``CSPNeXtPAFPN``, with one upsampler for each
       number of channels; image sizes stay multiples of their strides;
     - ``nn.Upsample`` and mmseg's ``Upsample`` by a whole number, behind a
-      convolution in the same ``nn.Sequential``, as in ``FPNHead``. A parent
-      whose ``init_cfg`` names all convolutions initialises these upsamplers
-      too; call their own ``init_weights`` after its.
+      convolution in the same ``nn.Sequential``, as in ``FPNHead``; between
+      the two there may be layers that PyTorch knows to keep the channels.
 
     What a model interpolates otherwise, such as its logits to the size of the
-    image, stays. All other parameters keep their names. The log says what was
-    replaced. Call it before the optimizer is built.
+    image, stays, and so does its ``backbone``: that is pretrained with what it
+    has, and its layers (HRNet's) are replaced if it is ``model`` itself. All
+    other parameters keep their names. The log says what was replaced. Call it
+    before the optimizer is built and before DistributedDataParallel.
 
     Args:
         model (nn.Module): a whole model or one of its modules.
         upsample_cfg (dict): see
-            :func:`mmcarafe.models.upsample.build_upsampler`.
+            :func:`mmcarafe.models.upsample.build_upsampler`. The output has
+            as many channels as the input.
 
     Returns:
         nn.Module: ``model``.
@@ -46,15 +48,22 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
         raise TypeError(
             f'model is a {type(model).__name__}, expected an nn.Module'
         )
+    if isinstance(upsample_cfg, dict) and 'out_channels' in upsample_cfg:
+        raise ValueError(
+            f'upsample_cfg is {dict(upsample_cfg)}, expected no out_channels: '
+            'what comes behind takes as many channels as before'
+        )
     # All upsamplers are built before the first one is put in place.
     swaps = []
     for name, module in model.named_modules():
+        if name.split('.')[0] == 'backbone':
+            continue
         plan = _PLANS.get(type(module))
         if plan is None and isinstance(module, nn.Sequential):
             plan = _plan_sequential
         for new, replace in plan(module, upsample_cfg) if plan else []:
             like = next(module.parameters())  # for its device and dtype
-            swaps.append((name or type(model).__name__, like, new, replace))
+            swaps.append((name, like, new, replace))
     if not swaps:
         known = ', '.join(
             f'{c.__module__.split(".")[0]}.{c.__name__}' for c in _PLANS
@@ -65,11 +74,16 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
             'upsampling layers behind a convolution in an nn.Sequential. For '
             'a class that interpolates in its own forward, write a subclass '
             'that calls mmcarafe.models.upsample.build_upsampler there, as '
-            'mmcarafe/models/fpn.py does.'
+            'mmcarafe/models/fpn.py does. UPerHead has one: '
+            "type='mmcarafe.CARAFEUPerHead'."
         )
     for name, like, new, replace in swaps:
         replace(new.to(like).train(model.training))
-        print_log(f'mmcarafe: the upsampling in {name} is replaced', 'current')
+        _pass_on_init(model, name, new)
+        where = name or type(model).__name__
+        print_log(
+            f'mmcarafe: the upsampling in {where} is replaced', 'current'
+        )
     return model
 
 
@@ -86,8 +100,40 @@ def build_swapped(of, upsampler=UPSAMPLE_CFG, **kwargs):
         upsampler (dict): ``upsample_cfg`` of :func:`swap_upsample`; some
             modules have an ``upsample_cfg`` of their own.
         **kwargs: arguments of the module.
+
+    Raises:
+        ValueError: ``upsample_cfg`` has a type, as only ``upsampler`` may.
     """
+    if 'type' in (kwargs.get('upsample_cfg') or {}):
+        raise ValueError(
+            f'upsample_cfg is {dict(kwargs["upsample_cfg"])}, expected the '
+            f"{of}'s own, which has no type; that of swap_upsample is called "
+            'upsampler in a config'
+        )
     return swap_upsample(MODELS.build(dict(type=of, **kwargs)), upsampler)
+
+
+def _pass_on_init(model, name, new):
+    """Let the init_weights of a model reach ``new`` in plain containers.
+
+    mmengine's initialises all convolutions below a module by its ``init_cfg``,
+    and calls the init_weights of what has one after that; containers of
+    PyTorch have none.
+    """
+    parts = name.split('.') if name else []
+    for i in range(len(parts)):
+        module = model.get_submodule('.'.join(parts[: i + 1]))
+        if not hasattr(module, 'init_weights'):
+            module.init_weights = partial(_init_each, [])
+        if 'init_weights' in vars(module):
+            module.init_weights.args[0].append(new)
+            break
+
+
+def _init_each(modules):
+    for module in modules:
+        if hasattr(module, 'init_weights'):  # nn.Upsample has none
+            module.init_weights()
 
 
 # A plan says which new modules serve a module that interpolates, and how each
@@ -125,11 +171,20 @@ def _plan_sequential(layers, upsample_cfg):
         if channels and scale_factor:
             new = build_upsampler(upsample_cfg, channels, scale_factor)
             swaps.append((new, partial(layers.__setitem__, index)))
-        # of a convolution, and of mmcv's ConvModule
-        channels = getattr(layer, 'out_channels', channels)
-        if isinstance(layer, _CHANGES_CHANNELS):
+        if isinstance(layer, _CONVOLUTIONS):
+            channels = layer.out_channels
+        elif not _keeps_channels(layer):
             channels = None
     return swaps
+
+
+def _keeps_channels(layer):
+    parent, _, name = type(layer).__module__.rpartition('.')
+    if isinstance(layer, (nn.GLU, nn.MultiheadAttention)):
+        return False
+    return isinstance(layer, (nn.Identity, *_LAYERS)) or (
+        parent == 'torch.nn.modules' and name in _KEEP_CHANNELS
+    )
 
 
 def _whole_scale_factor(layer):
@@ -152,8 +207,14 @@ class ByChannels(ModuleDict):
 
 _PLANS = {}
 _LAYERS = (nn.Upsample,)
-# or may, so that how many leave them is not known
-_CHANGES_CHANNELS = (nn.Sequential, nn.PixelShuffle, nn.PixelUnshuffle)
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+# files of torch.nn.modules
+_KEEP_CHANNELS = ('activation', 'batchnorm', 'dropout', 'instancenorm')
+_KEEP_CHANNELS += ('normalization', 'padding', 'pooling')
+if HAS_MMDET or HAS_MMSEG:
+    from mmcv.cnn import ConvModule
+
+    _CONVOLUTIONS += (ConvModule,)
 if HAS_MMDET:
     from mmdet.models import necks
 

@@ -25,8 +25,11 @@ are linear in each argument and are each other's derivatives, so gradients of
 any order exist.
 """
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 
 from mmcarafe.ops import export, reference
 
@@ -381,3 +384,25 @@ for _name, (_plain, _meta, _autograd) in _KERNELS.items():
     _LIBRARY.impl(_name, _autograd, 'Autograd')
 for _key in ('AutocastCPU', 'AutocastCUDA'):
     _LIBRARY.impl('carafe', _autocast_to_widest, _key)
+
+
+# What torch's FlopCounterMode counts: K*K multiply-adds, as 2 each, for each
+# value of the large map. Softmax counts nowhere.
+
+
+def _flops(features, weights, normalizer, *, out_shape=None, **kwargs):
+    return 2 * weights[2] * math.prod(out_shape)  # [N, G, K*K, S, S, H, W]
+
+
+def _flops_of_gradient(grad, *others, **kwargs):
+    weights = others[-2]  # the last but the normalizer
+    return 2 * weights[2] * math.prod(grad)
+
+
+for _name in _KERNELS:
+    _operator = getattr(_OPS, _name)
+    _formula = _flops if _name == 'carafe' else _flops_of_gradient
+    if hasattr(flop_counter, 'register_flop_formula'):
+        flop_counter.register_flop_formula(_operator)(_formula)
+    else:  # torch 2.1
+        flop_counter.flop_mapping[_operator] = _formula

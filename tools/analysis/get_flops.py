@@ -13,16 +13,16 @@ Usage::
 
 import argparse
 import copy
+import math
 import warnings
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import InstanceData
+from mmengine.structures import BaseDataElement, InstanceData
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmcarafe.flops  # noqa: F401  (so that CARAFE is counted)
 import mmcarafe.registry  # noqa: F401  (so that mmseg:: is found)
 
 
@@ -53,11 +53,13 @@ def count(model, shape):
     """
     parameters = list(model.parameters())
     image = parameters[0].new_zeros(1, 3, *shape)
+    # what transformers ask for
+    metainfo = dict(img_shape=shape, batch_input_shape=shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if hasattr(model, 'roi_head'):
             _run_two_stages(model, image)
         else:
-            model(image)
+            model(image, [BaseDataElement(metainfo=metainfo)])
     return sum(p.numel() for p in parameters), counter.get_total_flops()
 
 
@@ -72,30 +74,54 @@ def _run_two_stages(model, image):
     model.roi_head(features, [InstanceData(bboxes=boxes)], [sample])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', help='config file, of mmdet or of mmseg')
+def parse_args(description, config=None):
+    """What the command line names, checked.
+
+    Args:
+        description (str): of the tool.
+        config (Path, optional): the default.
+
+    Returns:
+        tuple[Config, list[int], Callable]: the config, height and width of
+        the image as the model gets it, and what reports a mistake.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        'config',
+        nargs='?' if config else None,
+        default=config,
+        help='config file, of mmdet or of mmseg',
+    )
     parser.add_argument(
         '--shape',
         type=int,
         nargs=2,
         metavar=('H', 'W'),
-        help='height and width of the image '
-        '(default: 800 1333 for mmdet, 512 512 for mmseg)',
+        help='height and width of the image, which are rounded up to what the '
+        'model pads to (default: 800 1333 for mmdet, 512 512 for mmseg)',
     )
     args = parser.parse_args()
     if not Path(args.config).is_file():
         parser.error(f'config: there is no file {args.config}')
     cfg = Config.fromfile(args.config)
-    if 'model' not in cfg:
-        parser.error(f'config {args.config} has no model')
-    scope = cfg.get('default_scope')
-    shape = args.shape or ((512, 512) if scope == 'mmseg' else (800, 1333))
+    for key in ('model', 'default_scope'):
+        if not cfg.get(key):
+            parser.error(f'config {args.config} has no {key}')
+    is_mmseg = cfg.default_scope == 'mmseg'
+    shape = args.shape or ([512, 512] if is_mmseg else [800, 1333])
     if min(shape) < 1:
         parser.error(f'--shape is {shape}, expected two ints >= 1')
+    preprocessor = cfg.model.get('data_preprocessor') or {}
+    divisor = preprocessor.get('pad_size_divisor', 1)
+    shape = [math.ceil(length / divisor) * divisor for length in shape]
+    init_default_scope(cfg.default_scope)
+    return cfg, shape, parser.error
+
+
+def main():
+    cfg, shape, error = parse_args(__doc__.splitlines()[0])
     if 'roi_head' in cfg.model and 'rpn_head' not in cfg.model:
-        parser.error('model has a roi_head, expected an rpn_head too')
-    init_default_scope(scope)
+        error('model has a roi_head, expected an rpn_head too')
     parameters, flops = count(build(cfg.model), shape)
     print(f'image       1 x 3 x {shape[0]} x {shape[1]}')
     print(f'parameters  {parameters / 1e6:.2f} M')

@@ -10,14 +10,11 @@ Usage::
     python tools/analysis/upernet_table.py
 """
 
-import argparse
 from itertools import product
 from pathlib import Path
 
 import torch
-from get_flops import build, count
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from get_flops import build, count, parse_args
 
 CONFIG = (
     Path(__file__).parents[2]
@@ -42,26 +39,12 @@ def table(cfg, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', nargs='?', default=CONFIG)
-    parser.add_argument(
-        '--shape',
-        type=int,
-        nargs=2,
-        default=(512, 512),
-        metavar=('H', 'W'),
-        help='height and width of the image (default: 512 512)',
-    )
-    args = parser.parse_args()
-    cfg = Config.fromfile(args.config)
+    cfg, shape, error = parse_args(__doc__.splitlines()[0], CONFIG)
     head = cfg.model.get('decode_head', {}).get('type')
     if head != 'mmcarafe.CARAFEUPerHead':
-        parser.error(
-            f'decode_head.type is {head}, expected mmcarafe.CARAFEUPerHead'
-        )
-    init_default_scope(cfg.default_scope)
+        error(f'decode_head.type is {head}, expected mmcarafe.CARAFEUPerHead')
     cfg.model.pretrained = None
-    for row in table(cfg.model, args.shape):
+    for row in table(cfg.model, shape):
         print(row)
 
 

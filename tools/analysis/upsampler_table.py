@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmcarafe.flops  # noqa: F401  (so that CARAFE is counted)
 from mmcarafe.models.upsample import build_upsampler
 
 # mmcv registers the simpler ones where torch has a class for them.

@@ -57,6 +57,23 @@ def segmentation_batch(cfg):
 
 
 # mmseg's, whenever one of its heads is built
+def test_nothing_is_installed_for_mmsegs_configs(monkeypatch):
+    """mmengine would, where mmseg comes from the distribution of a fork."""
+    pytest.importorskip('mmseg')
+    import mmengine.utils.package_utils
+
+    import mmcarafe.registry  # noqa: F401  (names the distribution)
+
+    def call(command):
+        raise AssertionError(f'{command} is run')
+
+    monkeypatch.setattr(mmengine.utils.package_utils, 'call_command', call)
+    name = 'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
+    from mmengine.hub import get_config
+
+    assert get_config(name).default_scope == 'mmseg'
+
+
 @pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated')
 @pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False')
 @pytest.mark.filterwarnings('ignore:For binary segmentation, we suggest')

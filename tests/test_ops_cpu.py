@@ -353,6 +353,15 @@ def test_report_names_the_kernel():
     assert f'kernel at {cpu.KERNEL.path}' in report
 
 
+def test_report_knows_the_forks():
+    from mmcarafe.__main__ import version
+
+    assert version(('no-such-package', 'pytest')) == (
+        f'pytest {pytest.__version__}'
+    )
+    assert version(('no-such-package',)) == 'no-such-package not installed'
+
+
 @pytest.fixture(scope='module')
 def without_compiler(tmp_path_factory):
     """Where an install without a compiler ended."""

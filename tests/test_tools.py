@@ -504,6 +504,16 @@ def test_unreadable_config(error, tmp_path, text, message):
     gc.collect()  # mmengine leaves its copy of such a config open
 
 
+def test_drop_in_without_mmcvs_ops(error, tmp_path, monkeypatch):
+    """mmengine says only that an import failed; we say why."""
+    config = tmp_path / 'config.py'
+    config.write_text("custom_imports = dict(imports='mmcarafe.drop_in')")
+    monkeypatch.delitem(sys.modules, 'mmcarafe.drop_in', raising=False)
+    monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
+    message = error('train', config)
+    assert 'this mmcv was built without its ops' in message
+
+
 @pytest.mark.parametrize(
     ('tool', 'key'),
     [
@@ -531,7 +541,7 @@ def test_incomplete_config(error, tool, key):
         ('xyzzy=1', '--cfg-options xyzzy: the config has no xyzzy'),
         (
             'custom_imports.imports=mmnone',
-            '--cfg-options: ImportError: Failed to import mmnone',
+            "--cfg-options: ModuleNotFoundError: No module named 'mmnone'",
         ),
         (
             'model.neck.type=mmcarafe.CARAFFPN',

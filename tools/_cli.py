@@ -71,9 +71,9 @@ def mendable(what):
         TypeError,
         ValueError,
     ) as error:
-        if isinstance(error, ImportError) and error.__cause__:
-            # mmengine's own says only that custom_imports failed
-            error = error.__cause__
+        # mmengine raises its own, which say only that custom_imports failed
+        while isinstance(error.__context__, ImportError):
+            error = error.__context__
         text = error.args[0] if isinstance(error, KeyError) else error
         text = ' '.join(str(text).split())
         fail(f'{what}: {type(error).__name__}: {text}')

@@ -41,7 +41,7 @@ of 100*C; that is 35 GFLOP, or 36 us at the vendor's 989 TFLOP/s.
 import functools
 import importlib.util
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 
@@ -74,14 +74,13 @@ _CANDIDATES = {
     ],
     ('carafe', 'fp32 NHWC'): [
         Config(False, 128, 1, 8, 4),
-        Config(False, 256, 1, 4, 4),
         Config(False, 64, 1, 16, 4),
     ],
     ('carafe', '16 bit NCHW'): [
+        Config(True, 64, 8, 8, 4),
+        Config(True, 64, 8, 16, 4),
+        Config(True, 64, 4, 32, 4),
         Config(True, 64, 2, 16, 4),
-        Config(True, 64, 2, 32, 4),
-        Config(True, 128, 4, 16, 8),
-        Config(False, 64, 1, 32, 4),
     ],
     ('carafe', '16 bit NHWC'): [
         Config(True, 64, 8, 8, 4),
@@ -165,51 +164,87 @@ def carafe_grad_weights(grad, features, weights, normalizer):
 def _run(name, features, weights, tensors, normalizer):
     if weights.numel() == 0:
         return
-    launch = functools.partial(
-        _launch, name, features, weights, tensors, normalizer
+    problem = Problem(
+        name,
+        normalizer,
+        weights.device,
+        weights.dtype,
+        View(features.shape, features.stride()),
+        View(weights.shape, weights.stride()),
+        tuple(View(x.shape, x.stride()) for x in tensors),
     )
+
+    def launch(config):
+        kernel, grid, arguments, options = _plan(problem, config)
+        kernel[grid](*tensors, *arguments, **options)
+
     # On the tensors' own device and current stream; a no-op for the CPU
     # tensors of Triton's interpreter.
     with torch.cuda.device_of(weights):
-        launch(_choose(name, features, weights, normalizer, launch))
+        launch(_choose(problem, launch))
 
 
-def _choose(name, features, weights, normalizer, launch):
-    if name in pinned:
-        return pinned[name]
-    kind = 'fp32' if features.dtype == torch.float32 else '16 bit'
-    layout = 'NHWC' if features.stride(1) == 1 else 'NCHW'
-    if name == 'carafe':
-        kind = f'{kind} {layout}'
-    configs = [c for c in _CANDIDATES[name, kind] if _fits(name, c, weights)]
-    configs = configs or [_FALLBACK[name]]
+class View(NamedTuple):
+    """How a tensor lies in memory."""
+
+    shape: Tuple[int, ...]
+    stride: Tuple[int, ...]
+
+
+class Problem(NamedTuple):
+    """What decides how a kernel is launched; the caches are keyed by it."""
+
+    name: str
+    normalizer: Optional[str]
+    device: torch.device
+    dtype: torch.dtype
+    features: View
+    weights: View
+    tensors: Tuple[View, ...]
+
+    @property
+    def layout(self):
+        return 'NHWC' if self.features.stride[1] == 1 else 'NCHW'
+
+
+def _choose(problem, launch):
+    if problem.name in pinned:
+        return pinned[problem.name]
+    configs, like = _configs(problem)
     if (
         len(configs) == 1
-        or not weights.is_cuda
+        or problem.device.type != 'cuda'
         or torch.are_deterministic_algorithms_enabled()
     ):
         # Tiles of another shape may add in another order, so timing them
         # would let the clock choose the last bit.
         return configs[0]
-    n, groups, taps, scale, _, height, width = weights.shape
-    problem = (
-        name,
-        weights.device,
-        features.dtype,
-        layout,
-        normalizer,
-        (features.shape[1], groups, taps, scale),
+    if like not in _tuned:
+        if torch.cuda.is_current_stream_capturing():
+            return configs[0]
+        _tuned[like] = _fastest(configs, launch)
+    return _tuned[like]
+
+
+@functools.lru_cache(maxsize=4096)
+def _configs(problem):
+    """The candidates, and what problems share the fastest of them."""
+    kind = 'fp32' if problem.dtype == torch.float32 else '16 bit'
+    if problem.name == 'carafe':
+        kind = f'{kind} {problem.layout}'
+    candidates = _CANDIDATES[problem.name, kind]
+    configs = [c for c in candidates if _fits(problem, c)]
+    n, *sizes, _, height, width = problem.weights.shape
+    return configs or [_FALLBACK[problem.name]], (
+        *problem[:4],
+        problem.layout,
+        (problem.features.shape[1], *sizes),
         # Images of a few more rows are no new problem.
         (n * height * width).bit_length() // 2,
     )
-    if problem not in _tuned:
-        if torch.cuda.is_current_stream_capturing():
-            return configs[0]
-        _tuned[problem] = _fastest(configs, launch)
-    return _tuned[problem]
 
 
-def _fastest(configs, launch, repeats=10):
+def _fastest(configs, launch, repeats=20):
     from triton.runtime.errors import OutOfResources
 
     times = {}
@@ -221,6 +256,8 @@ def _fastest(configs, launch, repeats=10):
             if config is configs[0]:
                 raise
             continue
+        # The GPU waits until all are queued: not their launch is timed.
+        torch.cuda._sleep(2_000_000)
         start.record()
         for _ in range(repeats):
             launch(config)
@@ -230,32 +267,33 @@ def _fastest(configs, launch, repeats=10):
     return min(times, key=times.get)
 
 
-def _fits(name, config, weights):
+def _fits(problem, config):
     """Whether the tile's weights and its band stay in registers."""
     if not config.banded:
         return True
-    tile = _tile(name, config, weights)
+    tile = _tile(problem, config)
     written = config.block_h * config.block_w
-    weights_of = tile['P'] if name == 'carafe_grad_features' else written
+    gathers = problem.name == 'carafe_grad_features'
+    weights_of = tile['P'] if gathers else written
     return (
         tile['TAPS'] * weights_of <= 4096 * config.num_warps
         and tile['P'] * written <= 4096 * config.num_warps
     )
 
 
-def _tile(name, config, weights):
+def _tile(problem, config):
     """Compile-time sizes of the tile and of the patch that it reads."""
-    taps, scale = weights.shape[2:4]
+    taps, scale = problem.weights.shape[2:4]
     k = math.isqrt(taps)
     tile = {'K': k, 'S': scale, 'BLOCK_W': config.block_w}
     if not config.banded:
+        tile['ROWS'] = problem.features.stride[3] == 1
         # Bounds the accumulators: 4 for S=2, else a row of them up to 4.
         tile['SUBPIXELS'] = {1: 1, 2: 4, 3: 3, 4: 4}.get(scale, 1)
         return tile
     tile.update(BLOCK_H=config.block_h, TAPS=_power_of_2(taps))
-    # Whether rows of 8 divide evenly decides whether stores are vectors.
-    tile['ALIGN'] = 8 if weights.shape[-1] % 8 == 0 else 1
-    if name == 'carafe_grad_features':
+    tile['ALIGN'] = _alignment(problem.tensors)
+    if problem.name == 'carafe_grad_features':
         patch = (config.block_h + k - 1) * (config.block_w + k - 1) * scale**2
         tile['P'] = min(_power_of_2(patch), max(16, 8192 // tile['TAPS']))
         tile['PARTS'] = -(-patch // tile['P'])
@@ -269,60 +307,69 @@ def _tile(name, config, weights):
     return tile
 
 
-def _launch(name, features, weights, tensors, normalizer, config):
+@functools.lru_cache(maxsize=4096)
+def _plan(problem, config):
+    """Kernel, grid, arguments behind the tensors, and compile-time ones."""
     from mmcarafe.ops import triton_kernels as kernels
 
-    n, groups, _, scale, _, height, width = weights.shape
-    channels = features.shape[1] // groups
-    tile = _tile(name, config, weights)
-    tile['NORMALIZER'] = normalizer
-    tile['INDEX'] = kernels.index_dtype(_largest_offset(tensors) >= 2**31)
+    n, groups, _, scale, _, height, width = problem.weights.shape
+    channels = problem.features.shape[1] // groups
+    tile = _tile(problem, config)
+    tile['NORMALIZER'] = problem.normalizer
+    wide = _largest_offset(problem.tensors) >= 2**31
+    tile['INDEX'] = kernels.index_dtype(wide)
     tile['BLOCK_C'] = max(16, min(config.block_c, _power_of_2(channels)))
 
     rows, columns = height, width
-    if config.banded and name != 'carafe_grad_features':
+    if config.banded and problem.name != 'carafe_grad_features':
         rows, columns = scale * height, scale * width
     if config.banded:
-        kernel = kernels.KERNELS[name]
+        kernel = kernels.KERNELS[problem.name]
         programs = -(-rows // config.block_h) * -(-columns // config.block_w)
     else:
         kernel = kernels.KERNELS['carafe_plain']
         programs = -(-rows * columns // config.block_w)
         programs *= scale**2 // tile['SUBPIXELS']
     programs *= n * groups
-    arguments = [channels, height, width, groups]
-    if name != 'carafe_grad_weights':
+    arguments = [view.stride for view in problem.tensors]
+    arguments += [channels, height, width, groups]
+    if problem.name != 'carafe_grad_weights':
         # Few tiles: share their channels out, so that all multiprocessors
         # work, though each program then normalises the same weights.
         blocks = -(-channels // tile['BLOCK_C'])
-        shares = min(blocks, -(-_enough_programs(weights) // programs))
+        shares = min(blocks, -(-_enough_programs(problem.device) // programs))
         arguments.append(-(-blocks // shares))
         programs *= -(-blocks // arguments[-1])
-    kernel[(programs,)](
-        *tensors,
-        *(tensor.stride() for tensor in tensors),
-        *arguments,
-        **tile,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    tile.update(num_warps=config.num_warps, num_stages=config.num_stages)
+    return kernel, (programs,), arguments, tile
 
 
-def _enough_programs(tensor):
-    if not tensor.is_cuda:
+def _alignment(views):
+    """Elements, up to 8, that every row of NCHW maps is a multiple of.
+
+    It decides whether they are loaded and stored as vectors.
+    """
+    maps = [view for view in views if len(view.shape) == 4]
+    if any(view.stride[3] != 1 for view in maps):
         return 1
-    device = torch.cuda.get_device_properties(tensor.device)
-    return 4 * device.multi_processor_count
+    lengths = [n for x in maps for n in (x.shape[3], *x.stride[1:3])]
+    return functools.reduce(math.gcd, lengths, 8)
 
 
-def _largest_offset(tensors):
+def _enough_programs(device):
+    if device.type != 'cuda':
+        return 1
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _largest_offset(views):
     """Within one image: the batch has a pointer of its own."""
     return max(
         max(
-            sum((x.size(d) - 1) * x.stride(d) for d in range(1, x.dim())),
-            x.size(-2) * x.size(-1),
+            sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride[1:])),
+            x.shape[-2] * x.shape[-1],
         )
-        for x in tensors
+        for x in views
     )
 
 

@@ -3,6 +3,11 @@
 Letters are those of :mod:`mmcarafe.ops.carafe`, with C the channels of one
 group. Two-dimensional tiles have pixels last: NCHW is then read along its
 rows, and the compiler sees by itself that channels_last wants the other order.
+Triton 3.7 sees no reason for either order where offsets are quotients and
+remainders, and takes pixels for the lanes; 3.6 takes the other. There
+``max_contiguous`` decides for pixels, and ``multiple_of(..., 1)`` keeps it
+from claiming vectors.
+
 Every program finds its tile in one grid axis, because only the first one is
 large enough for any batch; BLOCKS is the number of channel blocks it takes.
 """
@@ -28,6 +33,7 @@ def _reassemble_kernel(
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
     INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
     SUBPIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -52,6 +58,8 @@ def _reassemble_kernel(
     inside = p < pixels
     h, w = p // W, p % W
     x_offset = h * xs[2] + w * xs[3]
+    if ROWS:
+        x_offset = tl.max_contiguous(tl.multiple_of(x_offset, 1), 16)
     w_offset = h * ws[5] + w * ws[6]
 
     starts, peaks, scales = (), (), ()  # of each subpixel: [BLOCK_W]
@@ -162,6 +170,8 @@ def _reassemble_banded_kernel(
     """Write BLOCK_H x BLOCK_W output pixels: y [C, M] = x [C, P] @ band."""
     M: tl.constexpr = BLOCK_H * BLOCK_W
     W = W // ALIGN * ALIGN  # unchanged: shows the compiler whole vectors
+    x_c, x_h = xs[1] // ALIGN * ALIGN, xs[2] // ALIGN * ALIGN
+    y_c, y_h = ys[1] // ALIGN * ALIGN, ys[2] // ALIGN * ALIGN
     pid, block_w = _split(tl.program_id(0), tl.cdiv(S * W, BLOCK_W))
     pid, block_h = _split(pid, tl.cdiv(S * H, BLOCK_H))
     pid, c0 = _split(pid, tl.cdiv(C, BLOCKS * BLOCK_C))
@@ -174,7 +184,7 @@ def _reassemble_banded_kernel(
     m = tl.arange(0, M).to(INDEX)
     oy, ox = block_h * BLOCK_H + m // BLOCK_W, block_w * BLOCK_W + m % BLOCK_W
     written = (oy < S * H) & (ox < S * W)  # [M]
-    h0, w0 = block_h * BLOCK_H // S, block_w * BLOCK_W // S
+    h0, w0 = block_h * BLOCK_H // S, _source(block_w, BLOCK_W, S)
     p = tl.arange(0, P).to(INDEX)
     h, w = h0 - K // 2 + p // PATCH_W, w0 - K // 2 + p % PATCH_W
     read = (p < PATCH_H * PATCH_W) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
@@ -186,19 +196,19 @@ def _reassemble_banded_kernel(
     kx = (tl.arange(0, P) % PATCH_W)[:, None] - at_w[None, :]
     band, rest = _halves(_pick(weights, ky, kx, K, TAPS), x_ptr)  # [P, M]
 
-    x_offset = h * xs[2] + w * xs[3]
-    y_offset = oy * ys[2] + ox * ys[3]
+    x_offset = h * x_h + w * xs[3]
+    y_offset = oy * y_h + ox * ys[3]
     for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
         c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
         x = tl.load(
-            x_ptr + c[:, None] * xs[1] + x_offset[None, :],
+            x_ptr + c[:, None] * x_c + x_offset[None, :],
             (c < C)[:, None] & read[None, :],
             other=0,
         )  # [BLOCK_C, P]
         y = tl.zeros((BLOCK_C, M), tl.float32)
         y = _dot(x, band, rest, y, NORMALIZER)
         tl.store(
-            y_ptr + c[:, None] * ys[1] + y_offset[None, :],
+            y_ptr + c[:, None] * y_c + y_offset[None, :],
             y.to(y_ptr.dtype.element_ty),
             (c < C)[:, None] & written[None, :],
         )
@@ -236,6 +246,8 @@ def _grad_features_kernel(
     """
     M: tl.constexpr = BLOCK_H * BLOCK_W
     W = W // ALIGN * ALIGN  # unchanged: shows the compiler whole vectors
+    x_c, x_h = xs[1] // ALIGN * ALIGN, xs[2] // ALIGN * ALIGN
+    y_c, y_h = ys[1] // ALIGN * ALIGN, ys[2] // ALIGN * ALIGN
     pid, block_w = _split(tl.program_id(0), tl.cdiv(W, BLOCK_W))
     pid, block_h = _split(pid, tl.cdiv(H, BLOCK_H))
     pid, c0 = _split(pid, tl.cdiv(C, BLOCKS * BLOCK_C))
@@ -250,18 +262,18 @@ def _grad_features_kernel(
     written = (h < H) & (w < W)  # [M]
     if PARTS == 1:
         band, y_offset, read = _grad_features_band(
-            w_ptr, ws, ys, block_h, block_w, 0, H, W,
+            w_ptr, ws, y_h, ys[3], block_h, block_w, 0, H, W,
             K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, P,
         )  # fmt: skip
         band, rest = _halves(band, y_ptr)
     for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
         c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
-        y_tile = y_ptr + c[:, None] * ys[1]
+        y_tile = y_ptr + c[:, None] * y_c
         x = tl.zeros((BLOCK_C, M), tl.float32)
         for part in range(PARTS):
             if PARTS > 1:
                 band, y_offset, read = _grad_features_band(
-                    w_ptr, ws, ys, block_h, block_w, part, H, W,
+                    w_ptr, ws, y_h, ys[3], block_h, block_w, part, H, W,
                     K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, P,
                 )  # fmt: skip
                 band, rest = _halves(band, y_ptr)
@@ -272,7 +284,7 @@ def _grad_features_kernel(
             )  # [BLOCK_C, P]
             x = _dot(y, band, rest, x, NORMALIZER)
         tl.store(
-            x_ptr + c[:, None] * xs[1] + (h * xs[2] + w * xs[3])[None, :],
+            x_ptr + c[:, None] * x_c + (h * x_h + w * xs[3])[None, :],
             x.to(x_ptr.dtype.element_ty),
             (c < C)[:, None] & written[None, :],
         )
@@ -282,7 +294,8 @@ def _grad_features_kernel(
 def _grad_features_band(
     w_ptr,
     ws,
-    ys,
+    y_h,
+    y_w,
     block_h,
     block_w,
     part,
@@ -314,7 +327,7 @@ def _grad_features_band(
     ky = (m // BLOCK_W + K - 1)[:, None] - (at // PATCH_W // S)[None, :]
     kx = (m % BLOCK_W + K - 1)[:, None] - (at % PATCH_W // S)[None, :]
     band = tl.trans(_pick(weights, ky, kx, K, TAPS))  # [P, M]
-    return band, oy * ys[2] + ox * ys[3], read
+    return band, oy * y_h + ox * y_w, read
 
 
 @triton.jit(do_not_specialize=['H', 'W'])
@@ -350,6 +363,8 @@ def _grad_weights_kernel(
     """
     M: tl.constexpr = BLOCK_H * BLOCK_W
     W = W // ALIGN * ALIGN  # unchanged: shows the compiler whole vectors
+    x_c, x_h = xs[1] // ALIGN * ALIGN, xs[2] // ALIGN * ALIGN
+    y_c, y_h = ys[1] // ALIGN * ALIGN, ys[2] // ALIGN * ALIGN
     pid, block_w = _split(tl.program_id(0), tl.cdiv(S * W, BLOCK_W))
     pid, block_h = _split(pid, tl.cdiv(S * H, BLOCK_H))
     n, g = _split(pid, G)
@@ -361,23 +376,23 @@ def _grad_weights_kernel(
     m = tl.arange(0, M).to(INDEX)
     oy, ox = block_h * BLOCK_H + m // BLOCK_W, block_w * BLOCK_W + m % BLOCK_W
     written = (oy < S * H) & (ox < S * W)  # [M]
-    h0, w0 = block_h * BLOCK_H // S, block_w * BLOCK_W // S
+    h0, w0 = block_h * BLOCK_H // S, _source(block_w, BLOCK_W, S)
     p = tl.arange(0, P).to(INDEX)
     h, w = h0 - K // 2 + p // PATCH_W, w0 - K // 2 + p % PATCH_W
     read = (p < PATCH_H * PATCH_W) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
-    x_offset = h * xs[2] + w * xs[3]
-    y_offset = oy * ys[2] + ox * ys[3]
+    x_offset = h * x_h + w * xs[3]
+    y_offset = oy * y_h + ox * ys[3]
     band = tl.zeros((P, M), tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C).to(INDEX)
         x = tl.load(
-            x_ptr + c[:, None] * xs[1] + x_offset[None, :],
+            x_ptr + c[:, None] * x_c + x_offset[None, :],
             (c < C)[:, None] & read[None, :],
             other=0,
         )  # [BLOCK_C, P]
         y = tl.load(
-            y_ptr + c[:, None] * ys[1] + y_offset[None, :],
+            y_ptr + c[:, None] * y_c + y_offset[None, :],
             (c < C)[:, None] & written[None, :],
             other=0,
         )  # [BLOCK_C, M]
@@ -397,6 +412,7 @@ def _grad_weights_kernel(
         + (oy // S) * grads[5]
         + (ox // S) * grads[6]
     )
+    grad_offset = tl.max_contiguous(tl.multiple_of(grad_offset, 1), 16)
     tl.store(
         grad_ptr + (k.to(INDEX) * grads[2])[:, None] + grad_offset[None, :],
         grad.to(grad_ptr.dtype.element_ty),
@@ -407,6 +423,14 @@ def _grad_weights_kernel(
 @triton.jit
 def _split(pid, size):
     return pid // size, pid % size
+
+
+@triton.jit
+def _source(block, BLOCK: tl.constexpr, S: tl.constexpr):
+    """First source pixel of a block of outputs; whole blocks stay aligned."""
+    if BLOCK % S == 0:
+        return block * (BLOCK // S)
+    return block * BLOCK // S
 
 
 @triton.jit
@@ -440,6 +464,7 @@ def _load_logits(
     k = tl.arange(0, TAPS)
     offset = (oy % S) * ws[3] + (ox % S) * ws[4]
     offset += (oy // S) * ws[5] + (ox // S) * ws[6]
+    offset = tl.max_contiguous(tl.multiple_of(offset, 1), 16)
     return tl.load(
         w_ptr + (k.to(INDEX) * ws[2])[:, None] + offset[None, :],
         (k < K * K)[:, None] & mask[None, :],

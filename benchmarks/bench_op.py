@@ -17,10 +17,14 @@ include their convolution.
 On a GPU (``--device cuda``) there are more to compare with; see
 gpu_baselines.py. mmcv's own operator is measured where mmcv is installed with
 its CUDA operators, or with ``--mmcv-src``, the folder of an unpacked release.
+A method that fails is reported as failed, and the others are measured.
+Small maps stay in the GPU's cache from one run to the next, also for the copy
+that the others are compared with there.
 """
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -43,6 +47,7 @@ from mmcarafe.ops import carafe_from_logits, reference  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SIZE = 5
+COPY = 'copy of the least bytes'
 # N, C, H, W
 CPU_SHAPES = {
     'FPN 25x42': (1, 256, 25, 42),
@@ -141,12 +146,11 @@ def forward_backward(function, tensors, grad):
 PASSES = {'forward': forward, 'forward+backward': forward_backward}
 
 
-def seconds(run, device, repeats=20):
+def seconds(run, device, repeats=1):
     if device.type != 'cuda':
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    # Many calls, so that the GPU, not the launch of the first one, is timed.
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
@@ -175,24 +179,59 @@ def peak_memory(run, device):
     return peak
 
 
+def kept_memory(function, tensors):
+    """Bytes that the backward pass finds in memory, inputs included."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = function(*tensors)  # which keeps them, and so the pointers apart
+    del out
+    return sum(kept.values())
+
+
 def measure(shape, dtype, device, memory_format, budget, mmcv=None):
-    """Median seconds and peak bytes of every method in every pass."""
+    """Median seconds, peak and kept bytes of every method in every pass.
+
+    A method that fails has an error in place of these.
+    """
     features = torch.randn(*shape, dtype=dtype, device=device)
     features = features.contiguous(memory_format=memory_format)
     torch._dynamo.reset()  # it compiles a function for so many shapes only
     results = []
     for pass_name, run_pass in PASSES.items():
-        runs = {}
+        runs, kept = {}, {}
         for name, (function, tensors) in methods(features, mmcv).items():
             tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-            grad = torch.randn_like(function(*tensors))
-            runs[name] = partial(run_pass, function, tensors, grad)
+            try:
+                grad = torch.randn_like(function(*tensors))
+                run = partial(run_pass, function, tensors, grad)
+                run()  # warm up
+                kept[name] = kept_memory(function, tensors)
+            except Exception as error:
+                error = f'{type(error).__name__}: {error}'
+                print(f'{name}, {pass_name}: {error}', flush=True)
+                results.append(
+                    {'method': name, 'pass': pass_name, 'error': error}
+                )
+                continue
+            runs[name] = run
         if device.type == 'cuda':
-            runs['copy of the least bytes'] = gpu_baselines.copy_floor(
+            runs[COPY] = gpu_baselines.copy_floor(
                 features, KERNEL_SIZE, pass_name != 'forward'
             )
-        for run in runs.values():  # warm up
-            run()
+            runs[COPY]()
+        # Many calls on a GPU, so that it, not their launch, is timed.
+        repeats = {
+            name: min(20, 1 + int(0.01 / seconds(run, device)))
+            if device.type == 'cuda'
+            else 1
+            for name, run in runs.items()
+        }
         times = {name: [] for name in runs}
         start = time.perf_counter()
         rounds = 0
@@ -200,7 +239,7 @@ def measure(shape, dtype, device, memory_format, budget, mmcv=None):
             rounds < 50 and time.perf_counter() - start < budget
         ):
             for name, run in runs.items():
-                times[name].append(seconds(run, device))
+                times[name].append(seconds(run, device, repeats[name]))
             rounds += 1
         for name, run in runs.items():
             results.append(
@@ -210,16 +249,27 @@ def measure(shape, dtype, device, memory_format, budget, mmcv=None):
                     'seconds': statistics.median(times[name]),
                     'rounds': rounds,
                     'peak_bytes': peak_memory(run, device),
+                    'kept_bytes': kept.get(name),
                 }
             )
     return results
 
 
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def environment(device):
     def git(*arguments):
-        done = subprocess.run(
-            ['git', *arguments], cwd=ROOT, capture_output=True, text=True
-        )
+        try:
+            done = subprocess.run(
+                ['git', *arguments], cwd=ROOT, capture_output=True, text=True
+            )
+        except OSError:  # there is no git
+            return 'unknown'
         return done.stdout.strip() if done.returncode == 0 else 'unknown'
 
     processor = platform.processor() or platform.machine()
@@ -241,6 +291,8 @@ def environment(device):
         'cpu_capability': torch.backends.cpu.get_cpu_capability(),
         'driver': gpu_baselines.driver() if device.type == 'cuda' else None,
         'cuda': torch.version.cuda,
+        'cudnn': torch.backends.cudnn.version(),
+        'triton': version('triton'),
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),
         'torch': torch.__version__,
@@ -252,6 +304,8 @@ def table(report):
     env = report['environment']
     results = report['results']
     memory_format = report['memory_format'].replace('contiguous', 'NCHW')
+    methods = {r['method'] for r in results}
+    baseline = COPY if COPY in methods else 'bilinear'
     lines = [
         f'{env["device"]}, {env["threads"]} threads, torch {env["torch"]}, '
         f'{report["dtype"]}, {memory_format}, x2, K = {KERNEL_SIZE}, '
@@ -262,7 +316,7 @@ def table(report):
         shapes = list(dict.fromkeys(r['shape'] for r in here))
         lines += [
             '',
-            f'{pass_name}: median milliseconds, times those of bilinear, '
+            f'{pass_name}: median milliseconds, times those of {baseline}, '
             'peak MB',
             '',
             '| | ' + ' | '.join(shapes) + ' |',
@@ -272,8 +326,11 @@ def table(report):
         for method in dict.fromkeys(r['method'] for r in here):
             row = []
             for shape in shapes:
-                r = cells[method, shape]
-                ratio = r['seconds'] / cells['bilinear', shape]['seconds']
+                r = cells.get((method, shape), {})
+                if 'seconds' not in r:
+                    row.append('failed' if 'error' in r else '')
+                    continue
+                ratio = r['seconds'] / cells[baseline, shape]['seconds']
                 row.append(
                     f'{r["seconds"] * 1e3:.3g} ms, {ratio:.2f}×, '
                     f'{r["peak_bytes"] / 1e6:.0f} MB'
@@ -288,7 +345,7 @@ def plot(report, path):
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    results = report['results']
+    results = [r for r in report['results'] if 'seconds' in r]
     names = list(dict.fromkeys(r['method'] for r in results))
     shapes = list(dict.fromkeys(r['shape'] for r in results))
     figure, axes = plt.subplots(
@@ -297,16 +354,15 @@ def plot(report, path):
     width = 0.9 / len(names)
     for axis, pass_name in zip(axes, PASSES):
         for i, name in enumerate(names):
+            here = [
+                r
+                for r in results
+                if r['method'] == name and r['pass'] == pass_name
+            ]
+            aside = (i - (len(names) - 1) / 2) * width
             axis.bar(
-                [
-                    s + (i - (len(names) - 1) / 2) * width
-                    for s in range(len(shapes))
-                ],
-                [
-                    r['seconds'] * 1e3
-                    for r in results
-                    if r['method'] == name and r['pass'] == pass_name
-                ],
+                [shapes.index(r['shape']) + aside for r in here],
+                [r['seconds'] * 1e3 for r in here],
                 width=width,
                 label=name,
             )
@@ -320,9 +376,9 @@ def plot(report, path):
 
 
 def tests_pass(device):
-    tests = ['tests/test_ops.py', f'tests/test_ops_{device.type}.py']
+    tests = ['tests/test_ops.py', 'tests/test_ops_cpu.py']
     if device.type == 'cuda':
-        tests[1] = 'tests/test_ops_triton.py'
+        tests = ['-m', 'gpu', 'tests/test_ops_triton.py']
     command = [sys.executable, '-m', 'pytest', '-q', *tests]
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
@@ -356,6 +412,11 @@ def main():
         default=10,
         help='seconds for one shape and pass, once 5 rounds are done',
     )
+    parser.add_argument(
+        '--tests-passed',
+        action='store_true',
+        help='on this machine and commit, just before; the report says so',
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -368,18 +429,22 @@ def main():
     for name in args.shapes or []:
         if name not in shapes:
             parser.error(f'--shapes: {name} is not measured on a GPU')
-    if not tests_pass(args.device):
+    if on_gpu:
+        torch.cuda.set_device(args.device.index or 0)
+    mmcv = gpu_baselines.find_mmcv(args.mmcv_src) if on_gpu else None
+    if not args.tests_passed and not tests_pass(args.device):
         sys.exit("The operator's tests fail, so nothing is measured.")
     torch.manual_seed(0)
     report = {
         'environment': environment(args.device),
+        'tests': 'passed before' if args.tests_passed else 'passed',
         'dtype': args.dtype,
         'memory_format': 'channels_last'
         if args.channels_last
         else 'contiguous',
         'results': [],
     }
-    mmcv = gpu_baselines.find_mmcv(args.mmcv_src) if on_gpu else None
+    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.shapes or shapes:
         print(f'measuring {name}', flush=True)
         results = measure(
@@ -393,12 +458,15 @@ def main():
             mmcv,
         )
         report['results'] += [{'shape': name, **r} for r in results]
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1)
-    (args.out / 'results.json').write_text(text + '\n')
+        # After each shape: a crash loses no finished work.
+        text = json.dumps(report, indent=1)
+        (args.out / 'results.json').write_text(text + '\n')
     (args.out / 'table.md').write_text(table(report))
     plot(report, args.out / 'plot.png')
     print(table(report))
+    failed = {r['method'] for r in report['results'] if 'error' in r}
+    if failed:
+        sys.exit(f'These failed: {", ".join(sorted(failed))}.')
 
 
 if __name__ == '__main__':

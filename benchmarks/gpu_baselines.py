@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-import mmcarafe
+from mmcarafe.ops import carafe_from_logits
 
 
 def copy_floor(features, kernel_size, backward, scale_factor=2):
@@ -64,7 +64,7 @@ def methods(features, logits, kernel_size, mmcv):
             lambda x, y: compiled(x, y, kernel_size),
             [features, logits],
         ),
-        **modules(features, mmcv),
+        **modules(features, kernel_size, mmcv),
     }
     # mmcv's reads neither bf16 nor channels_last.
     if mmcv and features.dtype != torch.bfloat16 and features.is_contiguous():
@@ -81,20 +81,35 @@ def normalize(logits):
     return masks.softmax(1)
 
 
-def modules(features, mmcv):
+class Module(torch.nn.Module):
+    """``mmcarafe.CARAFE`` without mmengine, around any reassembly."""
+
+    def __init__(self, channels, kernel_size, reassemble):
+        super().__init__()
+        self.compress = torch.nn.Conv2d(channels, 64, 1)
+        self.encode = torch.nn.Conv2d(64, 4 * kernel_size**2, 3, padding=1)
+        self.reassemble = reassemble
+
+    def forward(self, x):
+        return self.reassemble(x, self.encode(self.compress(x)))
+
+
+def modules(features, kernel_size, mmcv):
     """The whole module, convolutions included, and its parameters' gradients.
 
     In the layout that suits each: channels_last for ours, NCHW for mmcv's.
     """
 
-    class Pack(mmcarafe.CARAFE):
-        def forward(self, x):
-            logits = self.content_encoder(self.channel_compressor(x))
-            masks = normalize(logits).to(x.dtype).contiguous()
-            return mmcv(x.contiguous(), masks, self.up_kernel, 1, 2)
+    def ours(x, logits):
+        return carafe_from_logits(x, logits, kernel_size)
 
-    def entry(cls, x, autocast=None, compiled=False, **layout):
-        module = cls(x.shape[1]).to(x.device, **layout)
+    def theirs(x, logits):
+        masks = normalize(logits).to(x.dtype).contiguous()
+        return mmcv(x.contiguous(), masks, kernel_size, 1, 2)
+
+    def entry(reassemble, x, autocast=None, compiled=False, **layout):
+        module = Module(x.shape[1], kernel_size, reassemble)
+        module = module.to(x.device, **layout)
         names = [name for name, _ in module.named_parameters()]
         run = torch.compile(functional_call) if compiled else functional_call
 
@@ -109,18 +124,16 @@ def modules(features, mmcv):
 
     last = dict(memory_format=torch.channels_last)
     bf16 = torch.bfloat16
-    ours = mmcarafe.CARAFE
+    x = features.to(bf16)
     found = {
-        'module, bf16 autocast': entry(ours, features, bf16, **last),
-        'module, bf16 autocast, compiled': entry(
-            ours, features, bf16, True, **last
-        ),
+        'module, bf16 autocast': entry(ours, x, bf16, **last),
+        'module, bf16 autocast, compiled': entry(ours, x, bf16, True, **last),
     }
     if mmcv:
         x = features.contiguous()
-        found["module, mmcv's, fp32"] = entry(Pack, x.float())
+        found["module, mmcv's, fp32"] = entry(theirs, x.float())
         found["module, mmcv's, fp16 autocast"] = entry(
-            Pack, x.half(), torch.float16
+            theirs, x.half(), torch.float16
         )
     return found
 

@@ -1,5 +1,7 @@
 """What the benchmark compares computes the same, also what only GPUs run."""
 
+import json
+
 import pytest
 import torch
 from conftest import ROOT
@@ -72,7 +74,7 @@ needs_fp16_on_cpus = pytest.mark.skipif(
 def test_every_module_is_the_same(bench_op):
     """With the parameters of one of them, to the bits of their dtypes."""
     features = torch.randn(2, 16, 6, 7)
-    modules = bench_op.gpu_baselines.modules(features, mmcv_carafe)
+    modules = bench_op.gpu_baselines.modules(features, 5, mmcv_carafe)
     assert len(modules) == 4
     inputs = modules["module, mmcv's, fp32"][1]
     exact = modules["module, mmcv's, fp32"][0](*inputs)
@@ -102,7 +104,9 @@ def test_report(bench_op, tmp_path, monkeypatch):
     names = {r['method'] for r in results}
     assert {'CARAFE', "CARAFE, mmcv's", "module, mmcv's, fp32"} < names
     assert len(results) == len(bench_op.PASSES) * len(names)
-    assert all(r['seconds'] > 0 and r['peak_bytes'] > 0 for r in results)
+    for result in results:
+        assert result['seconds'] > 0, result
+        assert result['peak_bytes'] > 0 and result['kept_bytes'] >= 0
     report = {
         'environment': bench_op.environment(device),
         'dtype': 'float32',
@@ -113,3 +117,44 @@ def test_report(bench_op, tmp_path, monkeypatch):
     assert table.count('| CARAFE, bf16 |') == len(bench_op.PASSES)
     bench_op.plot(report, tmp_path / 'plot.png')
     assert (tmp_path / 'plot.png').stat().st_size > 10_000
+
+
+def test_what_is_kept_for_the_backward_pass(bench_op):
+    """Once each: features and logits, with mmcv's the masks and not them."""
+    features = torch.randn(1, 16, 6, 7)
+    methods = all_methods(bench_op, features, bench_op.methods)
+
+    def kept(name):
+        function, inputs = methods[name]
+        return bench_op.kept_memory(
+            function, [x.requires_grad_() for x in inputs]
+        )
+
+    assert kept('CARAFE') == (16 + 100) * 6 * 7 * 4
+    assert kept('nearest') == 0
+
+
+def test_a_method_that_fails(bench_op, monkeypatch, capsys, tmp_path):
+    """It costs the others nothing, and the report and the exit show it."""
+
+    def fails(*tensors):
+        raise RuntimeError('no such kernel')
+
+    methods = bench_op.methods
+    monkeypatch.setattr(
+        bench_op,
+        'methods',
+        lambda x, mmcv: {**methods(x, mmcv), 'deconv 3x3': (fails, [x])},
+    )
+    monkeypatch.setattr(bench_op, 'tests_pass', lambda device: True)
+    monkeypatch.setattr(bench_op, 'CPU_SHAPES', {'small': (1, 8, 5, 6)})
+    arguments = ['', '--out', str(tmp_path), '--budget', '0']
+    monkeypatch.setattr('sys.argv', arguments)
+    with pytest.raises(SystemExit, match='These failed: deconv 3x3.'):
+        bench_op.main()
+    printed, _ = capsys.readouterr()
+    assert 'deconv 3x3, forward: RuntimeError: no such kernel' in printed
+    assert '| deconv 3x3 | failed |' in (tmp_path / 'table.md').read_text()
+    results = json.loads((tmp_path / 'results.json').read_text())['results']
+    assert {r['method'] for r in results if 'seconds' in r} >= {'CARAFE'}
+    assert (tmp_path / 'plot.png').exists()

@@ -174,9 +174,17 @@ def mmcv_carafe(source):
     Returns:
         Callable: features, ready masks, kernel_size, group_size, scale_factor.
     """
-    from torch.utils.cpp_extension import load_inline
+    from torch.utils.cpp_extension import CUDA_HOME, load_inline
 
     root = Path(source, 'mmcv', 'ops', 'csrc').resolve(strict=True)
+    include = [
+        root / part for part in ('pytorch/cuda', 'common', 'common/cuda')
+    ]
+    if not Path(f'{CUDA_HOME}/include/cusparse.h').exists():
+        # A compiler alone; pip has brought the libraries' headers with torch.
+        nvidia = importlib.util.find_spec('nvidia')
+        for folder in nvidia.submodule_search_locations if nvidia else ():
+            include += Path(folder).glob('*/include')
     # Past mmcv's registry of devices, which other files of it would fill.
     names = [
         f'CARAFE{direction}CUDAKernelLauncher'
@@ -194,10 +202,7 @@ def mmcv_carafe(source):
         functions=names,
         extra_cflags=flags,
         extra_cuda_cflags=flags,
-        extra_include_paths=[
-            str(root / path)
-            for path in ('pytorch/cuda', 'common', 'common/cuda')
-        ],
+        extra_include_paths=[str(folder) for folder in include],
     )
     launch_forward, launch_backward = (getattr(extension, n) for n in names)
 

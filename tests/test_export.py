@@ -166,6 +166,27 @@ def test_compiles_without_a_graph_break(name):
             assert_close(compiled(image), model(image))
 
 
+@for_each_model
+def test_compiles_with_its_backward(name):
+    """Forward and backward in one graph each, as training compiles them."""
+    torch._dynamo.reset()
+    model, images = build(name)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+
+    def gradients(model_or_compiled):
+        image = images[0].clone().requires_grad_()
+        outs = model_or_compiled(image)
+        outs = [outs] if isinstance(outs, torch.Tensor) else outs
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        total = sum(out.square().mean() for out in outs)
+        return torch.autograd.grad(
+            total, [image, *parameters], allow_unused=True
+        )
+
+    for got, want in zip(gradients(compiled), gradients(model)):
+        assert_close(got, want)
+
+
 @needs_export
 @for_each_model
 def test_torch_export(name):

@@ -39,6 +39,11 @@ from mmcv.ops.carafe import (  # noqa: E402
     CARAFEPack,
 )
 
+# torch >= 2.3, and before
+_is_compiling = getattr(torch.compiler, 'is_compiling', None)
+if _is_compiling is None:
+    _is_compiling = torch._dynamo.is_compiling
+
 
 @lru_cache(maxsize=None)
 def _announce():
@@ -47,7 +52,7 @@ def _announce():
 
 
 def _forward(ctx, features, masks, kernel_size, group_size, scale_factor):
-    if not torch.compiler.is_compiling():
+    if not _is_compiling():
         _announce()
     ctx.save_for_backward(features, masks)
     ctx.arguments = kernel_size, group_size, scale_factor
@@ -79,11 +84,11 @@ def _backward(ctx, grad):
 
 def _pack_forward(self, x):
     for step in ('kernel_normalizer', 'feature_reassemble'):
-        own = getattr(self, step)
-        if getattr(own, '__func__', own) is not getattr(CARAFEPack, step):
+        inherited = getattr(type(self), step) is getattr(CARAFEPack, step)
+        if not inherited or step in self.__dict__:
             # a step of a subclass or of an instance
             return _ORIGINALS[CARAFEPack, 'forward'](self, x)
-    if not torch.compiler.is_compiling():
+    if not _is_compiling():
         _announce()
     logits = self.content_encoder(self.channel_compressor(x))
     return carafe_from_logits(

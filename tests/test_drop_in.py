@@ -98,6 +98,18 @@ def test_code_written_for_mmcv():
                 )
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith('2.1.'),
+    reason='torch 2.1 does not compile a look into an instance',
+)
+def test_the_pack_compiles_into_one_graph():
+    pack, x = mmcv.ops.CARAFEPack(8, 2), torch.randn(1, 8, 5, 7)
+    torch._dynamo.reset()
+    drop_in._announce.cache_clear()  # as in a run that begins with it
+    compiled = torch.compile(pack, fullgraph=True, backend='eager')
+    torch.testing.assert_close(compiled(x), pack(x))
+
+
 def test_its_operations_are_counted():
     """FlopCounterMode of torch, and mmengine's, by the import alone."""
     pack = mmcv.ops.CARAFEPack(8, 2)

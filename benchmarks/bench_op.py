@@ -330,11 +330,11 @@ def table(report):
                 if 'seconds' not in r:
                     row.append('failed' if 'error' in r else '')
                     continue
-                ratio = r['seconds'] / cells[baseline, shape]['seconds']
-                row.append(
-                    f'{r["seconds"] * 1e3:.3g} ms, {ratio:.2f}×, '
-                    f'{r["peak_bytes"] / 1e6:.0f} MB'
-                )
+                cell = f'{r["seconds"] * 1e3:.3g} ms, '
+                divisor = cells.get((baseline, shape), {}).get('seconds')
+                if divisor:
+                    cell += f'{r["seconds"] / divisor:.2f}×, '
+                row.append(cell + f'{r["peak_bytes"] / 1e6:.0f} MB')
             lines.append(f'| {method} | ' + ' | '.join(row) + ' |')
     return '\n'.join(lines) + '\n'
 

@@ -120,7 +120,7 @@ def test_report(bench_op, tmp_path, monkeypatch):
 
 
 def test_what_is_kept_for_the_backward_pass(bench_op):
-    """Once each: features and logits, with mmcv's the masks and not them."""
+    """The storages of features and logits, once each."""
     features = torch.randn(1, 16, 6, 7)
     methods = all_methods(bench_op, features, bench_op.methods)
 
@@ -134,7 +134,8 @@ def test_what_is_kept_for_the_backward_pass(bench_op):
     assert kept('nearest') == 0
 
 
-def test_a_method_that_fails(bench_op, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize('name', ['deconv 3x3', 'bilinear'])
+def test_a_method_that_fails(name, bench_op, monkeypatch, capsys, tmp_path):
     """It costs the others nothing, and the report and the exit show it."""
 
     def fails(*tensors):
@@ -144,17 +145,17 @@ def test_a_method_that_fails(bench_op, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
         bench_op,
         'methods',
-        lambda x, mmcv: {**methods(x, mmcv), 'deconv 3x3': (fails, [x])},
+        lambda x, mmcv: {**methods(x, mmcv), name: (fails, [x])},
     )
     monkeypatch.setattr(bench_op, 'tests_pass', lambda device: True)
     monkeypatch.setattr(bench_op, 'CPU_SHAPES', {'small': (1, 8, 5, 6)})
     arguments = ['', '--out', str(tmp_path), '--budget', '0']
     monkeypatch.setattr('sys.argv', arguments)
-    with pytest.raises(SystemExit, match='These failed: deconv 3x3.'):
+    with pytest.raises(SystemExit, match=f'These failed: {name}.'):
         bench_op.main()
     printed, _ = capsys.readouterr()
-    assert 'deconv 3x3, forward: RuntimeError: no such kernel' in printed
-    assert '| deconv 3x3 | failed |' in (tmp_path / 'table.md').read_text()
+    assert f'{name}, forward: RuntimeError: no such kernel' in printed
+    assert f'| {name} | failed |' in (tmp_path / 'table.md').read_text()
     results = json.loads((tmp_path / 'results.json').read_text())['results']
     assert {r['method'] for r in results if 'seconds' in r} >= {'CARAFE'}
     assert (tmp_path / 'plot.png').exists()

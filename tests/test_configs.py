@@ -1,5 +1,7 @@
 """Every config: loaded, built, initialised, run forward and backward."""
 
+import importlib.metadata
+
 import pytest
 import torch
 from conftest import ROOT
@@ -56,10 +58,12 @@ def segmentation_batch(cfg):
     return dict(inputs=list(images), data_samples=samples)
 
 
-# mmseg's, whenever one of its heads is built
 def test_nothing_is_installed_for_mmsegs_configs(monkeypatch):
-    """mmengine would, where mmseg comes from the distribution of a fork."""
-    pytest.importorskip('mmseg')
+    """mmengine would install the other mmsegmentation over its fork."""
+    try:
+        importlib.metadata.distribution('onedl-mmsegmentation')
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip('onedl-mmsegmentation is not installed')
     import mmengine.utils.package_utils
 
     import mmcarafe.registry  # noqa: F401  (names the distribution)
@@ -74,6 +78,7 @@ def test_nothing_is_installed_for_mmsegs_configs(monkeypatch):
     assert get_config(name).default_scope == 'mmseg'
 
 
+# mmseg's, whenever one of its heads is built
 @pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated')
 @pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False')
 @pytest.mark.filterwarnings('ignore:For binary segmentation, we suggest')

@@ -152,6 +152,8 @@ def test_upsampling_layers_in_a_sequence():
         nn.Upsample(scale_factor=(2, 2)),
         nn.Upsample(scale_factor=1.5),
         nn.Upsample(size=(7, 7)),
+        nn.Upsample(scale_factor=1),
+        nn.Sequential(nn.Conv2d(6, 6, 1), nn.Upsample(scale_factor=(1, 2))),
     ).double()
     swap_upsample(model, CARAFE_CFG)
     inner, outer = model[1][2], model[3]
@@ -160,8 +162,10 @@ def test_upsampling_layers_in_a_sequence():
     assert inner.content_encoder.weight.dtype == torch.float64
     assert isinstance(model[4], nn.Upsample)
     assert isinstance(model[5], nn.Upsample)
+    assert isinstance(model[6], nn.Upsample)
+    assert isinstance(model[7][1], nn.Upsample)
     x = torch.randn(1, 3, 2, 5, dtype=torch.float64)
-    assert model(x).shape == (1, 6, 7, 7)
+    assert model(x).shape == (1, 6, 7, 14)
 
 
 def test_a_whole_model(capfd):
@@ -242,6 +246,8 @@ def test_the_backbone_stays():
     model = swap_upsample(Model(), CARAFE_CFG)
     assert isinstance(model.head[1], CARAFE)
     assert isinstance(model.backbone[0][1], nn.Upsample)
+    with pytest.raises(ValueError, match='replaced, outside of its backbone'):
+        swap_upsample(nn.ModuleDict(dict(student=model)), CARAFE_CFG)
     swap_upsample(model.backbone, CARAFE_CFG)
     assert isinstance(model.backbone[0][1], CARAFE)
 
@@ -252,8 +258,11 @@ def test_initialised_behind_a_parent_that_names_all_convolutions():
     def stage():
         return nn.Sequential(nn.Conv2d(8, 8, 1), nn.Upsample(scale_factor=2))
 
-    head = BaseModule(dict(type='Normal', layer='Conv2d', std=1.0))
-    head.levels = nn.ModuleList([stage(), nn.Sequential(*stage(), *stage())])
+    named = dict(type='Normal', layer='Conv2d', std=1.0)
+    head, inner = BaseModule(named), BaseModule(named)
+    inner.stage = stage()
+    head.levels = nn.ModuleList([inner, nn.Sequential(*stage(), *stage())])
+    swap_upsample(head, dict(type='bilinear'))
     model = copy.deepcopy(swap_upsample(head, CARAFE_CFG))
     model.init_weights()
     plain = [m for m in model.modules() if type(m) is nn.Sequential]

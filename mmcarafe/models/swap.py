@@ -7,7 +7,7 @@ from mmengine.model import ModuleDict
 from torch import nn
 
 from mmcarafe.models.top_down import TopDown, build_upsamplers
-from mmcarafe.models.upsample import UPSAMPLE_CFG, build_upsampler
+from mmcarafe.models.upsample import CARAFE, UPSAMPLE_CFG, build_upsampler
 from mmcarafe.registry import HAS_MMDET, HAS_MMSEG, MODELS
 
 
@@ -29,6 +29,7 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
     has, and its layers (HRNet's) are replaced if it is ``model`` itself. All
     other parameters keep their names. The log says what was replaced. Call it
     before the optimizer is built and before DistributedDataParallel.
+    ``init_weights`` of the model reaches each new :class:`mmcarafe.CARAFE`.
 
     Args:
         model (nn.Module): a whole model or one of its modules.
@@ -56,7 +57,7 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
     # All upsamplers are built before the first one is put in place.
     swaps = []
     for name, module in model.named_modules():
-        if name.split('.')[0] == 'backbone':
+        if 'backbone' in name.split('.'):
             continue
         plan = _PLANS.get(type(module))
         if plan is None and isinstance(module, nn.Sequential):
@@ -70,7 +71,8 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
         )
         raise ValueError(
             f'{type(model).__name__} holds no upsampling that can be '
-            f'replaced. Known are {known} (not their subclasses), and '
+            'replaced, outside of its backbone. Known are '
+            f'{known} (not their subclasses), and '
             'upsampling layers behind a convolution in an nn.Sequential. For '
             'a class that interpolates in its own forward, write a subclass '
             'that calls mmcarafe.models.upsample.build_upsampler there, as '
@@ -79,7 +81,7 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
         )
     for name, like, new, replace in swaps:
         replace(new.to(like).train(model.training))
-        _pass_on_init(model, name, new)
+        _pass_on_init(model, name)
         where = name or type(model).__name__
         print_log(
             f'mmcarafe: the upsampling in {where} is replaced', 'current'
@@ -113,26 +115,22 @@ def build_swapped(of, upsampler=UPSAMPLE_CFG, **kwargs):
     return swap_upsample(MODELS.build(dict(type=of, **kwargs)), upsampler)
 
 
-def _pass_on_init(model, name, new):
-    """Let the init_weights of a model reach ``new`` in plain containers.
+def _pass_on_init(model, name):
+    """Let mmengine's init_weights get through PyTorch's own containers.
 
-    mmengine's initialises all convolutions below a module by its ``init_cfg``,
-    and calls the init_weights of what has one after that; containers of
-    PyTorch have none.
+    It initialises all convolutions below a module by the module's init_cfg,
+    and calls after that the init_weights of those children that have one.
     """
     parts = name.split('.') if name else []
-    for i in range(len(parts)):
-        module = model.get_submodule('.'.join(parts[: i + 1]))
-        if not hasattr(module, 'init_weights'):
-            module.init_weights = partial(_init_each, [])
-        if 'init_weights' in vars(module):
-            module.init_weights.args[0].append(new)
-            break
+    for end in range(1, len(parts) + 1):
+        container = model.get_submodule('.'.join(parts[:end]))
+        if not hasattr(container, 'init_weights'):
+            container.init_weights = partial(_init_carafes, container)
 
 
-def _init_each(modules):
-    for module in modules:
-        if hasattr(module, 'init_weights'):  # nn.Upsample has none
+def _init_carafes(container):
+    for module in container.modules():
+        if isinstance(module, CARAFE):
             module.init_weights()
 
 
@@ -194,8 +192,8 @@ def _whole_scale_factor(layer):
     scale_factor = layer.scale_factor
     if not isinstance(scale_factor, tuple):
         scale_factor = (scale_factor, scale_factor)
-    height, width = scale_factor
-    return int(height) if height == width == int(height) else None
+    s = int(scale_factor[0])
+    return s if s > 1 and scale_factor == (s, s) else None
 
 
 class ByChannels(ModuleDict):

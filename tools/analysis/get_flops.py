@@ -53,7 +53,7 @@ def count(model, shape):
     """
     parameters = list(model.parameters())
     image = parameters[0].new_zeros(1, 3, *shape)
-    # what transformers ask for
+    # what detectors like DETR make their masks of
     metainfo = dict(img_shape=shape, batch_input_shape=shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if hasattr(model, 'roi_head'):
@@ -97,8 +97,8 @@ def parse_args(description, config=None):
         type=int,
         nargs=2,
         metavar=('H', 'W'),
-        help='height and width of the image, which are rounded up to what the '
-        'model pads to (default: 800 1333 for mmdet, 512 512 for mmseg)',
+        help="height and width of the image, which are rounded up to mmdet's "
+        'pad_size_divisor (default: 800 1333 for mmdet, 512 512 for mmseg)',
     )
     args = parser.parse_args()
     if not Path(args.config).is_file():

@@ -63,6 +63,29 @@ class Config(NamedTuple):
     num_stages: int = 3
 
 
+class View(NamedTuple):
+    """How a tensor lies in memory."""
+
+    shape: Tuple[int, ...]
+    stride: Tuple[int, ...]
+
+
+class Problem(NamedTuple):
+    """What decides how a kernel is launched; the caches are keyed by it."""
+
+    name: str
+    normalizer: Optional[str]
+    device: torch.device
+    dtype: torch.dtype
+    features: View
+    weights: View
+    tensors: Tuple[View, ...]
+
+    @property
+    def layout(self):
+        return 'NHWC' if self.features.stride[1] == 1 else 'NCHW'
+
+
 # The first candidate that fits is the default; timing picks among all of them
 # unless torch.use_deterministic_algorithms is on or a CUDA graph is captured.
 _CANDIDATES = {
@@ -182,29 +205,6 @@ def _run(name, features, weights, tensors, normalizer):
     # tensors of Triton's interpreter.
     with torch.cuda.device_of(weights):
         launch(_choose(problem, launch))
-
-
-class View(NamedTuple):
-    """How a tensor lies in memory."""
-
-    shape: Tuple[int, ...]
-    stride: Tuple[int, ...]
-
-
-class Problem(NamedTuple):
-    """What decides how a kernel is launched; the caches are keyed by it."""
-
-    name: str
-    normalizer: Optional[str]
-    device: torch.device
-    dtype: torch.dtype
-    features: View
-    weights: View
-    tensors: Tuple[View, ...]
-
-    @property
-    def layout(self):
-        return 'NHWC' if self.features.stride[1] == 1 else 'NCHW'
 
 
 def _choose(problem, launch):

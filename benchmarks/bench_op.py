@@ -365,13 +365,20 @@ def plot(report, path):
                 [r['seconds'] * 1e3 for r in here],
                 width=width,
                 label=name,
+                color=plt.get_cmap('tab20')(i),
             )
         axis.set_yscale('log')
         axis.set_ylabel('milliseconds')
         axis.set_title(pass_name)
         axis.set_xticks(range(len(shapes)), shapes)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside upper center', ncols=5)
+    figure.legend(
+        handles,
+        labels,
+        loc='outside upper center',
+        ncols=4,
+        fontsize='small',
+    )
     figure.savefig(path, dpi=150)
 
 

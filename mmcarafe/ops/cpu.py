@@ -7,7 +7,7 @@ the PyTorch path of :mod:`mmcarafe.ops.reference`.
 """
 
 import ctypes
-import importlib.util
+import importlib.machinery
 import os
 
 import torch
@@ -142,7 +142,10 @@ class Kernel:
 
 def find(capability):
     """Path of the library for one of :data:`CAPABILITIES`, or None."""
-    spec = importlib.util.find_spec(f'mmcarafe.ops._cpu_{capability.lower()}')
+    # Beside this file: the finder of another, editable install would go on.
+    spec = importlib.machinery.PathFinder.find_spec(
+        f'_cpu_{capability.lower()}', [os.path.dirname(__file__)]
+    )
     return spec and spec.origin
 
 

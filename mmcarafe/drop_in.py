@@ -40,9 +40,9 @@ from mmcv.ops.carafe import (  # noqa: E402
 )
 
 # torch >= 2.3, and before
-_is_compiling = getattr(torch.compiler, 'is_compiling', None)
-if _is_compiling is None:
-    _is_compiling = torch._dynamo.is_compiling
+_is_compiling = (
+    getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+)
 
 
 @lru_cache(maxsize=None)

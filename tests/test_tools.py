@@ -504,6 +504,18 @@ def test_unreadable_config(error, tmp_path, text, message):
     gc.collect()  # mmengine leaves its copy of such a config open
 
 
+def test_an_import_error_without_a_cause_keeps_its_words(
+    error, tmp_path, monkeypatch
+):
+    (tmp_path / 'broken.py').write_text(
+        "raise ImportError('Failed to import what is behind it')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tmp_path / 'config.py'
+    config.write_text("custom_imports = dict(imports='broken')")
+    assert 'Failed to import what is behind it' in error('train', config)
+
+
 def test_drop_in_without_mmcvs_ops(error, tmp_path, monkeypatch):
     """mmengine says only that an import failed; we say why."""
     config = tmp_path / 'config.py'

@@ -72,7 +72,7 @@ def mendable(what):
         ValueError,
     ) as error:
         # mmengine raises its own, which say only that custom_imports failed
-        while isinstance(error, ImportError) and 'Failed to' in str(error):
+        while error.__context__ and str(error).startswith('Failed to import'):
             error = error.__context__
         text = error.args[0] if isinstance(error, KeyError) else error
         text = ' '.join(str(text).split())

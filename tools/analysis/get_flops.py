@@ -55,23 +55,23 @@ def count(model, shape):
     image = parameters[0].new_zeros(1, 3, *shape)
     # what detectors like DETR make their masks of
     metainfo = dict(img_shape=shape, batch_input_shape=shape)
+    samples = [BaseDataElement(metainfo=metainfo)]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if hasattr(model, 'roi_head'):
-            _run_two_stages(model, image)
+            _run_two_stages(model, image, samples)
         else:
-            model(image, [BaseDataElement(metainfo=metainfo)])
+            model(image, samples)
     return sum(p.numel() for p in parameters), counter.get_total_flops()
 
 
-def _run_two_stages(model, image):
+def _run_two_stages(model, image, samples):
     # How many boxes survive NMS hangs on the weights; a trained detector
     # usually reaches the maximum.
     corners = image.new_tensor([0, 0, *image.shape[:1:-1]])  # x, y, x, y
     boxes = corners.expand(model.test_cfg.rpn.max_per_img, 4)
     features = model.extract_feat(image)
     model.rpn_head(features)
-    sample = InstanceData(metainfo=dict(img_shape=tuple(image.shape[2:])))
-    model.roi_head(features, [InstanceData(bboxes=boxes)], [sample])
+    model.roi_head(features, [InstanceData(bboxes=boxes)], samples)
 
 
 def parse_args(description, config=None):

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 import torch
 from mmengine.logging import print_log
 
-import mmcarafe.flops  # noqa: F401  (so that the operator is counted)
+from mmcarafe import flops
 from mmcarafe.ops import carafe, carafe_from_logits, reference
 
 if find_spec('mmcv') is None or find_spec('mmcv._ext') is None:
@@ -62,23 +62,17 @@ def _forward(ctx, features, masks, kernel_size, group_size, scale_factor):
 def _backward(ctx, grad):
     features, masks = ctx.saved_tensors
     # Under autocast the two may differ; grad has the dtype that was used.
-    weights = reference.weights_from_masks(
-        masks.to(grad.dtype), *ctx.arguments
-    )
+    weights = reference.scores_from_masks(masks.to(grad.dtype), *ctx.arguments)
     grad_features = grad_masks = None
     if ctx.needs_input_grad[0]:
-        grad_features = torch.ops.mmcarafe.carafe_grad_features(
+        grad_features = torch.ops.mmcarafe.reassemble_grad_features(
             grad, weights, None
         ).to(features.dtype)
     if ctx.needs_input_grad[1]:
-        grad_masks = torch.ops.mmcarafe.carafe_grad_weights(
+        grad_weights = torch.ops.mmcarafe.reassemble_grad_weights(
             grad, features.to(grad.dtype), weights, None
-        )  # [N, G, K*K, S, S, H, W]
-        grad_masks = (
-            grad_masks.permute(0, 1, 2, 5, 3, 6, 4)
-            .reshape(masks.shape)  # [N, G*K*K, S*H, S*W]
-            .to(masks.dtype)
         )
+        grad_masks = reference.masks_from_scores(grad_weights).to(masks.dtype)
     return grad_features, grad_masks, None, None, None
 
 
@@ -112,6 +106,7 @@ _ORIGINALS = {
 
 def enable():
     """Replace mmcv's CARAFE. Importing this module has done it already."""
+    flops.enable()
     for (owner, name), function in _REPLACEMENTS.items():
         setattr(owner, name, function)
 

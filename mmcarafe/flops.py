@@ -1,6 +1,5 @@
 """What CARAFE costs, for mmengine's counter of operations.
 
-Importing this module registers the operator; ``mmcarafe.models`` does so.
 Counted is the weighted sum over K*K taps, a multiply-add as 1. The normaliser
 is not, as softmax is nowhere. torch's counter knows the operator anyhow.
 """
@@ -16,9 +15,9 @@ def _multiply_adds(inputs, outputs):
     return taps * math.prod(get_shape(outputs[0]))
 
 
-# Each analyzer copies these tables when it is made.
-for _table, _handle in (
-    (complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS, _multiply_adds),
-    (complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS, generic_activation_jit()),
-):
-    _table['mmcarafe::carafe'] = _handle
+def enable() -> None:
+    """Let mmengine's analyzers count the operator, those made from now on."""
+    flops = complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS
+    activations = complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS
+    flops['mmcarafe::reassemble'] = _multiply_adds
+    activations['mmcarafe::reassemble'] = generic_activation_jit()

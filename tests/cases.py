@@ -5,6 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from mmcarafe.ops.reference import DTYPES, NORMALIZERS
+
 
 class Case(NamedTuple):
     """Letters are those of :mod:`mmcarafe.ops.carafe`."""
@@ -53,10 +55,8 @@ CASES = {
 }
 all_cases = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 
-NORMALIZERS = ('softmax', 'sigmoid_normalized', 'sigmoid', None)
 all_normalizers = pytest.mark.parametrize('normalizer', NORMALIZERS)
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 all_dtypes = pytest.mark.parametrize(
     'dtype', DTYPES, ids=lambda dtype: str(dtype)[6:]
 )

@@ -196,7 +196,7 @@ def test_torch_export(name):
             model, (images[0],), dynamic_shapes=dynamic()
         )
         targets = {str(node.target) for node in program.graph.nodes}
-        assert 'mmcarafe.carafe.default' in targets
+        assert 'mmcarafe.reassemble.default' in targets
         for image in images:
             assert_close(program.module()(image), model(image))
 

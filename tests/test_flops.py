@@ -85,13 +85,15 @@ def test_mmengine_counts_whole_models(config, monkeypatch):
         model.forward = model.extract_feat
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.ones(1, 3, 97, 131))
-    expected = counter.get_flop_counts()['Global'][torch.ops.mmcarafe.carafe]
+    expected = counter.get_flop_counts()['Global'][
+        torch.ops.mmcarafe.reassemble
+    ]
     analysis.get_model_complexity_info(
         model, (3, 97, 131), show_table=True, show_arch=True
     )
     analyzer = analysis.FlopAnalyzer(model, torch.ones(1, 3, 97, 131))
     by_operator = analyzer.by_operator()
-    assert by_operator['carafe'] == expected / 2 > 0
+    assert by_operator['reassemble'] == expected / 2 > 0
 
 
 def test_the_papers_counts_are_reproduced():

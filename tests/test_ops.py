@@ -124,14 +124,16 @@ def test_reference_gradients_equal_autograds(case, normalizer, layout):
         normalizer,
     )
     features, logits, grad = map(layout, (features, logits, grad))
-    weights = reference.weights_from_logits(logits, *case.arguments)
+    weights = reference.scores_from_logits(logits, *case.arguments)
     for result, expected in (
         (
-            reference.grad_features(grad, weights, normalizer),
+            reference.reassemble_grad_features(grad, weights, normalizer),
             expected_features,
         ),
         (
-            reference.grad_weights(grad, features, weights, normalizer),
+            reference.reassemble_grad_weights(
+                grad, features, weights, normalizer
+            ),
             expected_logits.view(weights.shape),
         ),
     ):
@@ -301,21 +303,21 @@ def test_extra_memory_is_at_most_three_outputs(path, dtype, scale_factor):
     """Of any of the three operators, its own result apart."""
     case = Case(1, 256, 25, 42, s=scale_factor)
     features = randn(*case.features_shape, dtype=dtype)
-    weights = reference.weights_from_logits(
+    weights = reference.scores_from_logits(
         randn(*case.logits_shape, dtype=dtype), *case.arguments
     )
     if path == 'operator':
         op = torch.ops.mmcarafe
         forward, to_features, to_weights = (
-            op.carafe,
-            op.carafe_grad_features,
-            op.carafe_grad_weights,
+            op.reassemble,
+            op.reassemble_grad_features,
+            op.reassemble_grad_weights,
         )
     else:
         forward, to_features, to_weights = (
             reference.reassemble,
-            reference.grad_features,
-            reference.grad_weights,
+            reference.reassemble_grad_features,
+            reference.reassemble_grad_weights,
         )
     out = forward(features, weights, 'softmax')
     limit = 3 * out.nbytes
@@ -379,14 +381,14 @@ needs_opcheck = pytest.mark.skipif(
 def test_opcheck(layout, normalizer):
     features = layout(randn(2, 4, 3, 5)).requires_grad_()
     grad = layout(randn(2, 4, 6, 10)).requires_grad_()
-    weights = reference.weights_from_logits(
+    weights = reference.scores_from_logits(
         layout(randn(2, 200, 3, 5)), 5, 2, 2
     ).requires_grad_()
     op = torch.ops.mmcarafe
     for operator, inputs in (
-        (op.carafe, (features, weights)),
-        (op.carafe_grad_features, (grad, weights)),
-        (op.carafe_grad_weights, (grad, features, weights)),
+        (op.reassemble, (features, weights)),
+        (op.reassemble_grad_features, (grad, weights)),
+        (op.reassemble_grad_weights, (grad, features, weights)),
     ):
         torch.library.opcheck(operator, (*inputs, normalizer))
 

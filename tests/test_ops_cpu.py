@@ -1,4 +1,4 @@
-"""The CPU kernel against the reference, for every vector width."""
+"""The CPU library against the reference, for every vector width."""
 
 import functools
 import multiprocessing
@@ -15,7 +15,6 @@ import torch
 from cases import (
     CASES,
     LAYOUTS,
-    NORMALIZERS,
     Case,
     all_dtypes,
     all_layouts,
@@ -25,6 +24,7 @@ from cases import (
 )
 
 from mmcarafe.ops import carafe_from_logits, cpu, reference
+from mmcarafe.ops.reference import NORMALIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,13 +45,13 @@ all_cases = pytest.mark.parametrize(
 
 
 @pytest.fixture(params=cpu.CAPABILITIES, scope='module')
-def kernel(request):
+def library(request):
     if request.param not in cpu.runnable():
         pytest.skip(f'this machine has no {request.param}')
     path = cpu.find(request.param)
     if path is None:
-        pytest.skip(f'no kernel was compiled for {request.param}')
-    return cpu.Kernel(path)
+        pytest.skip(f'nothing was compiled for {request.param}')
+    return cpu.Library(path)
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +73,11 @@ def threads(one_thread):
 def inputs(case, dtype=torch.float32, layout=LAYOUTS['contiguous'], masks=0):
     """Features, weights and the gradient of the output."""
     if masks:
-        weights = reference.weights_from_masks(
+        weights = reference.scores_from_masks(
             layout(randn(*case.masks_shape, dtype=dtype)), *case.arguments
         )
     else:
-        weights = reference.weights_from_logits(
+        weights = reference.scores_from_logits(
             layout(randn(*case.logits_shape, dtype=dtype)), *case.arguments
         )
     shape = case.n, case.c, case.s * case.h, case.s * case.w
@@ -88,30 +88,24 @@ def inputs(case, dtype=torch.float32, layout=LAYOUTS['contiguous'], masks=0):
     )
 
 
-def run(kernel, features, weights, grad, normalizer='softmax'):
+def run(library, features, scores, grad, normalizer='softmax'):
     """What each of the three operators gives."""
     return (
-        kernel.carafe(features, weights, normalizer),
-        kernel.carafe_grad_features(grad, weights, normalizer),
-        kernel.carafe_grad_weights(grad, features, weights, normalizer),
+        library.reassemble(features, scores, normalizer),
+        library.reassemble_grad_features(grad, scores, normalizer),
+        library.reassemble_grad_weights(grad, features, scores, normalizer),
     )
 
 
-class Reference:
-    carafe = staticmethod(reference.reassemble)
-    carafe_grad_features = staticmethod(reference.grad_features)
-    carafe_grad_weights = staticmethod(reference.grad_weights)
-
-
-@functools.lru_cache(maxsize=None)  # the same for every kernel
+@functools.lru_cache(maxsize=None)  # the same for every library
 def expectations(case, dtype, layout, masks):
     """Inputs, and for each normaliser, results in their dtype and in fp64."""
     tensors = inputs(case, dtype, layout, masks)
     doubles = [tensor.double() for tensor in tensors]
     return tensors, {
         normalizer: (
-            run(Reference, *tensors, normalizer),
-            run(Reference, *doubles, normalizer),
+            run(reference, *tensors, normalizer),
+            run(reference, *doubles, normalizer),
         )
         for normalizer in ((None,) if masks else NORMALIZERS)
     }
@@ -121,46 +115,46 @@ def expectations(case, dtype, layout, masks):
 @all_dtypes
 @all_layouts
 @pytest.mark.parametrize('masks', [False, True], ids=['logits', 'masks'])
-def test_equals_reference(kernel, case, dtype, layout, masks):
+def test_equals_reference(library, case, dtype, layout, masks):
     tensors, expected = expectations(case, dtype, layout, masks)
     for normalizer, (same_dtype, exact) in expected.items():
-        results = run(kernel, *tensors, normalizer)
+        results = run(library, *tensors, normalizer)
         for result, rounded, true in zip(results, same_dtype, exact):
             assert_as_exact_as(result, rounded, true)
             assert result.stride() == rounded.stride()
 
 
-def test_expanded_gradient(kernel):
+def test_expanded_gradient(library):
     """What the backward of a sum hands over: all strides are zero."""
     features, weights, grad = inputs(BLOCK_CASES['blocks'])
     grad = grad[:1, :1, :1, :1].expand_as(grad)
-    expanded = run(kernel, features, weights, grad)
-    dense = run(kernel, features, weights, grad.contiguous())
+    expanded = run(library, features, weights, grad)
+    dense = run(library, features, weights, grad.contiguous())
     assert all(map(torch.equal, expanded, dense))
 
 
 @all_normalizers
 @pytest.mark.parametrize('value', [torch.inf, -torch.inf, torch.nan], ids=str)
 def test_non_finite_logits_behave_as_in_the_reference(
-    kernel, normalizer, value
+    library, normalizer, value
 ):
     features, weights, grad = inputs(Case(1, 3, 7, 19))
     for tap in (0, 12, 24):  # of which the first and last leave the map
         for place in ((0, 0), (3, 8), (6, 18)):
             weights[(0, 0, tap, 0, 1, *place)] = value
     weights[0, 0, :, 1, 1, 3, 12] = value
-    results = run(kernel, features, weights, grad, normalizer)
-    expected = run(Reference, features, weights, grad, normalizer)
+    results = run(library, features, weights, grad, normalizer)
+    expected = run(reference, features, weights, grad, normalizer)
     for result, rounded in zip(results, expected):
         torch.testing.assert_close(result, rounded, equal_nan=True)
 
 
-def test_non_finite_features_and_gradients_stay_where_they_are(kernel):
+def test_non_finite_features_and_gradients_stay_where_they_are(library):
     features, weights, grad = inputs(Case(1, 3, 7, 19))
     features[0, 1, 0, 0] = features[0, 1, 3, 15] = torch.nan
     grad[0, 2, 0, 0] = grad[0, 2, 7, 32] = torch.inf
-    results = run(kernel, features, weights, grad)
-    expected = run(Reference, features, weights, grad)
+    results = run(library, features, weights, grad)
+    expected = run(reference, features, weights, grad)
     for result, rounded in zip(results, expected):
         torch.testing.assert_close(result, rounded, equal_nan=True)
 
@@ -168,13 +162,13 @@ def test_non_finite_features_and_gradients_stay_where_they_are(kernel):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('factor', [1, -1 / 3, 0.07, 1e-3, 300])
 def test_every_16_bit_number_is_read_and_rounded_as_by_torch(
-    kernel, dtype, factor
+    library, dtype, factor
 ):
     """With K = S = 1, the operator is a product of two numbers."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     features = bits.view(dtype).view(1, 1, 256, 256)
     weights = torch.full((1, 1, 1, 1, 1, 256, 256), factor, dtype=dtype)
-    result = kernel.carafe(features, weights, None)
+    result = library.reassemble(features, weights, None)
     expected = (features.float() * weights[0, 0].float()[0, 0, 0]).to(dtype)
     torch.testing.assert_close(
         result, expected, rtol=0, atol=0, equal_nan=True
@@ -183,25 +177,25 @@ def test_every_16_bit_number_is_read_and_rounded_as_by_torch(
 
 @all_dtypes
 @all_layouts
-def test_threads_do_not_change_a_bit(kernel, dtype, layout, threads):
+def test_threads_do_not_change_a_bit(library, dtype, layout, threads):
     tensors = inputs(Case(2, 67, 11, 37), dtype, layout)
     results = []
     for count in (1, 2, 5, 2):
         threads(count)
-        results.append(run(kernel, *tensors))
+        results.append(run(library, *tensors))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
 
 @all_layouts
 @pytest.mark.parametrize('normalizer', ['softmax', None])
-def test_every_element_is_written(kernel, layout, normalizer):
+def test_every_element_is_written(library, layout, normalizer):
     """Uninitialised memory is filled with NaN here."""
     tensors = inputs(BLOCK_CASES['blocks'], layout=layout)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan()
-        results = run(kernel, *tensors, normalizer)
+        results = run(library, *tensors, normalizer)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(result.isfinite().all() for result in results)
@@ -210,15 +204,15 @@ def test_every_element_is_written(kernel, layout, normalizer):
 # Threads and processes
 
 
-def test_python_threads_at_once(kernel, threads):
+def test_python_threads_at_once(library, threads):
     cases = [Case(1, 64, 20, 30), Case(2, 99, 20, 40, k=3)] * 2
     tensors = [inputs(case) for case in cases]
-    expected = [run(kernel, *each) for each in tensors]
+    expected = [run(library, *each) for each in tensors]
     start = threading.Barrier(len(cases))
 
     def work(index):
         start.wait()
-        return [run(kernel, *tensors[index]) for _ in range(20)]
+        return [run(library, *tensors[index]) for _ in range(20)]
 
     with ThreadPoolExecutor(len(cases)) as pool:
         for once, repeated in zip(expected, pool.map(work, range(len(cases)))):
@@ -226,8 +220,8 @@ def test_python_threads_at_once(kernel, threads):
                 assert all(map(torch.equal, once, again))
 
 
-needs_kernel = pytest.mark.skipif(
-    cpu.KERNEL is None, reason='no CPU kernel was compiled'
+needs_library = pytest.mark.skipif(
+    cpu.LIBRARY is None, reason='the CPU library was not compiled'
 )
 # Python 3.12 and later warn of what is tested here.
 forks = pytest.mark.filterwarnings('ignore:.*use of fork:DeprecationWarning')
@@ -241,7 +235,7 @@ def _send_upsampled(connection, *tensors):
     connection.send_bytes(_upsample(*tensors).numpy().tobytes())
 
 
-@needs_kernel
+@needs_library
 @forks
 def test_forked_process(threads):
     """The child inherits torch's two threads, of which it has none."""
@@ -272,7 +266,7 @@ class _Upsampled(torch.utils.data.Dataset):
         )
 
 
-@needs_kernel
+@needs_library
 @forks
 def test_data_loader_workers(threads):
     dataset = _Upsampled()
@@ -284,7 +278,7 @@ def test_data_loader_workers(threads):
     assert torch.equal(batch, expected)
 
 
-@needs_kernel
+@needs_library
 def test_torch_brings_the_only_openmp_runtime():
     code = (
         'import ctypes, torch, mmcarafe.ops\n'
@@ -311,14 +305,14 @@ def test_torch_brings_the_only_openmp_runtime():
 # The install
 
 
-@needs_kernel
-def test_dispatcher_takes_the_widest_kernel(monkeypatch):
+@needs_library
+def test_dispatcher_takes_the_widest_library(monkeypatch):
     compiled = list(filter(cpu.find, cpu.runnable()))
-    assert cpu.KERNEL.path == cpu.find(compiled[0])
+    assert cpu.LIBRARY.path == cpu.find(compiled[0])
     calls = []
-    original = cpu.Kernel._run
+    original = cpu.Library._run
     monkeypatch.setattr(
-        cpu.Kernel,
+        cpu.Library,
         '_run',
         lambda self, name, *rest, **more: (
             calls.append((self, name)) or original(self, name, *rest, **more)
@@ -327,11 +321,11 @@ def test_dispatcher_takes_the_widest_kernel(monkeypatch):
     features = randn(1, 2, 3, 4).requires_grad_()
     logits = randn(1, 100, 3, 4).requires_grad_()
     _upsample(features, logits).sum().backward()
-    assert {kernel for kernel, _ in calls} == {cpu.KERNEL}
+    assert {library for library, _ in calls} == {cpu.LIBRARY}
     assert sorted(name for _, name in calls) == [
-        'carafe',
-        'carafe_grad_features',
-        'carafe_grad_weights',
+        'reassemble',
+        'reassemble_grad_features',
+        'reassemble_grad_weights',
     ]
 
 
@@ -347,10 +341,10 @@ def _python(*arguments, **environ):
     return done.stdout
 
 
-@needs_kernel
-def test_report_names_the_kernel():
+@needs_library
+def test_report_names_the_library():
     report = _python('-m', 'mmcarafe', PYTHONPATH=os.pathsep.join(sys.path))
-    assert f'kernel at {cpu.KERNEL.path}' in report
+    assert f'compiled library {cpu.LIBRARY.path}' in report
 
 
 def test_report_knows_the_forks():
@@ -389,7 +383,7 @@ def test_install_without_compiler_works(without_compiler):
         'import torch\n'
         'from mmcarafe.ops import carafe_from_logits, cpu\n'
         'x = torch.ones(1, 2, 3, 4), torch.ones(1, 100, 3, 4)\n'
-        'print(cpu.__file__, cpu.KERNEL, carafe_from_logits(*x, 5).shape)'
+        'print(cpu.__file__, cpu.LIBRARY, carafe_from_logits(*x, 5).shape)'
     )
     out = _python('-c', code, PYTHONPATH=str(without_compiler))
     assert str(without_compiler) in out
@@ -398,5 +392,5 @@ def test_install_without_compiler_works(without_compiler):
 
 def test_report_without_compiler_says_what_to_do(without_compiler):
     report = _python('-m', 'mmcarafe', PYTHONPATH=str(without_compiler))
-    assert 'CPU: PyTorch path' in report
+    assert 'CPU: PyTorch reference' in report
     assert 'C++ compiler' in report and 'pip install' in report

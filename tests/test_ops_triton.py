@@ -65,9 +65,9 @@ on_each_device_and_layout = on_each_device(
     ],
 )
 OPERATORS = {
-    'carafe': reference.reassemble,
-    'carafe_grad_features': reference.grad_features,
-    'carafe_grad_weights': reference.grad_weights,
+    'reassemble': reference.reassemble,
+    'reassemble_grad_features': reference.reassemble_grad_features,
+    'reassemble_grad_weights': reference.reassemble_grad_weights,
 }
 for_each_operator = pytest.mark.parametrize('name', OPERATORS)
 # N, C, H, W, K, G, S, normalizer, and what the weights are a view of
@@ -99,18 +99,18 @@ def problem(case, dtype, device, channels_last=False):
 
     if form == 'masks':
         weights = randn(n, g * k * k, s * h, s * w)
-        weights = reference.weights_from_masks(weights, k, g, s)
+        weights = reference.scores_from_masks(weights, k, g, s)
     else:
         weights = randn(n, g * k * k * s * s, h, w)
-        weights = reference.weights_from_logits(weights, k, g, s)
+        weights = reference.scores_from_logits(weights, k, g, s)
     return randn(n, c, s * h, s * w), randn(n, c, h, w), weights, normalizer
 
 
 def arguments(name, grad, features, weights, normalizer):
     tensors = {
-        'carafe': (features, weights),
-        'carafe_grad_features': (grad, weights),
-        'carafe_grad_weights': (grad, features, weights),
+        'reassemble': (features, weights),
+        'reassemble_grad_features': (grad, weights),
+        'reassemble_grad_weights': (grad, features, weights),
     }[name]
     return *tensors, normalizer
 
@@ -274,7 +274,7 @@ def test_tuning_takes_the_fastest_that_fits(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, 'Event', _Clock)
     monkeypatch.setattr(torch.cuda, '_sleep', lambda cycles: None)
-    configs = kernels._CANDIDATES['carafe', 'fp32 NCHW']
+    configs = kernels._CANDIDATES['reassemble', 'fp32 NCHW']
     assert len(configs) > 2
 
     def launch(config):
@@ -389,7 +389,7 @@ def fpn_level(kind, channels_last):
             shape, dtype=dtype, device='meta', memory_format=form
         )
 
-    weights = reference.weights_from_logits(
+    weights = reference.scores_from_logits(
         empty(n, k * k * s * s, h, w), k, 1, s
     )
     return empty(n, c, s * h, s * w), empty(n, c, h, w), weights, 'softmax'
@@ -403,7 +403,7 @@ def fpn_level(kind, channels_last):
 def test_fast_paths_spill_no_registers(
     name, kind, channels_last, capability, compile_for, tmp_path, monkeypatch
 ):
-    if name == 'carafe' and ('NHWC' in kind) != channels_last:
+    if name == 'reassemble' and ('NHWC' in kind) != channels_last:
         pytest.skip('candidates of the other memory format')
     args = arguments(name, *fpn_level(kind, channels_last))
     # sm_80: the defaults alone, which every smaller GPU has to run.
@@ -566,8 +566,7 @@ def test_ready_masks_through_the_public_function():
     grad, features, weights, _ = problem(
         (2, 64, 24, 40, 5, 2, 2, None, 'logits'), torch.float32, 'cuda'
     )
-    masks = weights.permute(0, 1, 2, 5, 3, 6, 4)  # [N, G, K*K, H, S, W, S]
-    masks = masks.reshape(2, 2 * 25, 48, 80)
+    masks = reference.masks_from_scores(weights)  # [2, 2*25, 48, 80]
     got = carafe(features, masks, 5, 2)
     want = reference.carafe(features.double(), masks.double(), 5, 2)
     torch.testing.assert_close(got, want.float())
@@ -596,7 +595,7 @@ def test_more_than_2_31_elements(name, shape, dtype):
     assert args[0].numel() > 2**31
     args = arguments(name, *args)
     got = getattr(kernels, name)(*args)
-    scale = {'carafe': 2}.get(name, 1)
+    scale = {'reassemble': 2}.get(name, 1)
     for y, x in itertools.product((1, h // 2, h - 4), (2, w - 4)):
         near = [
             part(tensor[-1:], y, x, 4, tensor.shape[-2] // h)

@@ -1,4 +1,3 @@
-from mmcarafe.ops import cpu, triton  # noqa: F401  (they register themselves)
 from mmcarafe.ops.carafe import carafe, carafe_from_logits
 
 __all__ = ['carafe', 'carafe_from_logits']

@@ -1,9 +1,16 @@
-r"""The CARAFE operator: contract, checks and registration with torch.
+r"""The CARAFE operator: its contract and its checks.
 
 Letters, here and everywhere in the project:
 
 ``N`` batch · ``C`` channels · ``H W`` source size · ``K`` kernel_size ·
 ``G`` groups · ``S`` scale
+
+and words: the *low* map ``[N, C, H, W]`` is upsampled to the *high* map
+``[N, C, S*H, S*W]`` · a *tap* is one of the K*K places in the window around a
+source pixel, counted row by row · a *subpixel* is one of the S*S output pixels
+that lie in a source pixel · *scores* become *weights* by the normaliser, and
+without one they are the weights · a *band* is a matrix of weights that is zero
+but where a pixel is in the window of another
 
 Content-aware reassembly (Wang et al., `CARAFE: Content-Aware ReAssembly of
 FEatures <https://arxiv.org/abs/1905.02188>`_, ICCV 2019, section 3.2) makes
@@ -16,25 +23,13 @@ it lies in. For output pixel (S*h + i, S*w + j) of a channel c of group g:
            w + k \bmod K - \lfloor K/2 \rfloor}
 
 Taps outside the map read zero, and the other weights stay as they are.
-
-Three operators are registered, ``torch.ops.mmcarafe.carafe``,
-``carafe_grad_features`` and ``carafe_grad_weights``. They take the weights as
-``Tensor[N, G, K*K, S, S, H, W]``, which is a view, never a copy, of both masks
-and logits; K, G and S are read off its shape. Without a normaliser all three
-are linear in each argument and are each other's derivatives, so gradients of
-any order exist.
 """
-
-import math
 
 import torch
 from torch import Tensor
-from torch.utils import flop_counter
 
-from mmcarafe.ops import export, reference
-
-NORMALIZERS = ('softmax', 'sigmoid_normalized', 'sigmoid', None)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from mmcarafe.ops import export, operators, reference
+from mmcarafe.ops.reference import DTYPES, NORMALIZERS
 
 
 def carafe(
@@ -68,20 +63,20 @@ def carafe(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: an argument has the wrong value, shape or device.
     """
-    k2 = _check_hyperparameters(kernel_size, group_size, scale_factor) ** 2
+    _check_hyperparameters(kernel_size, group_size, scale_factor)
     _check_features(features, group_size)
-    _check_weights(
+    _check_scores(
         'masks',
         masks,
         features,
-        ('G*K*K', group_size * k2),
+        ('G*K*K', group_size * kernel_size**2),
         ('S*H, S*W', scale_factor),
     )
-    weights = reference.weights_from_masks(
+    scores = reference.scores_from_masks(
         masks, kernel_size, group_size, scale_factor
     )
     return _reassemble(
-        features, weights, None, kernel_size, group_size, scale_factor
+        features, scores, None, kernel_size, group_size, scale_factor
     )
 
 
@@ -118,34 +113,34 @@ def carafe_from_logits(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: an argument has the wrong value, shape or device.
     """
-    k2 = _check_hyperparameters(kernel_size, group_size, scale_factor) ** 2
+    _check_hyperparameters(kernel_size, group_size, scale_factor)
     check_normalizer(normalizer)
     _check_features(features, group_size)
-    _check_weights(
+    _check_scores(
         'logits',
         logits,
         features,
-        ('G*K*K*S*S', group_size * k2 * scale_factor**2),
+        ('G*K*K*S*S', group_size * (kernel_size * scale_factor) ** 2),
         ('H, W', 1),
     )
-    weights = reference.weights_from_logits(
+    scores = reference.scores_from_logits(
         logits, kernel_size, group_size, scale_factor
     )
     return _reassemble(
-        features, weights, normalizer, kernel_size, group_size, scale_factor
+        features, scores, normalizer, kernel_size, group_size, scale_factor
     )
 
 
-def _reassemble(features, weights, normalizer, *hyperparameters):
+def _reassemble(features, scores, normalizer, *hyperparameters):
     if torch.onnx.is_in_onnx_export():
         # whose exporters may trace shapes, hence K, G and S as plain ints
         return export.reassemble(
-            features, weights, normalizer, *hyperparameters
+            features, scores, normalizer, *hyperparameters
         )
-    return torch.ops.mmcarafe.carafe(features, weights, normalizer)
+    return torch.ops.mmcarafe.reassemble(features, scores, normalizer)
 
 
-# Checks: once, here; the operators and their kernels assume validity.
+# Checks: once, here; what answers for a device assumes validity.
 
 
 def check_int(name: str, value: int, odd: bool = False) -> None:
@@ -160,18 +155,15 @@ def check_int(name: str, value: int, odd: bool = False) -> None:
 
 
 def check_normalizer(normalizer) -> None:
-    """Raise unless ``normalizer`` is one of :data:`NORMALIZERS`."""
+    """Raise unless ``normalizer`` is one of ``reference.NORMALIZERS``."""
     if normalizer not in NORMALIZERS:
-        raise ValueError(
-            f'normalizer is {normalizer!r}, expected one of {NORMALIZERS}'
-        )
+        raise reference.unknown_normalizer(normalizer)
 
 
 def _check_hyperparameters(kernel_size, group_size, scale_factor):
     check_int('kernel_size', kernel_size, odd=True)
     check_int('group_size', group_size)
     check_int('scale_factor', scale_factor)
-    return kernel_size
 
 
 def _check_map(name, x):
@@ -203,206 +195,36 @@ def _check_features(features, group_size):
         )
 
 
-def _check_weights(name, weights, features, channels, size):
-    _check_map(name, weights)
-    if weights.device != features.device:
+def _check_scores(name, scores, features, channels, size):
+    _check_map(name, scores)
+    if scores.device != features.device:
         raise ValueError(
-            f'{name} is on {weights.device}, '
+            f'{name} is on {scores.device}, '
             f'expected {features.device}, where features is'
         )
-    if weights.dtype != features.dtype and not _autocast_enabled(
+    if scores.dtype != features.dtype and not operators.autocast_enabled(
         features.device.type
     ):
         raise TypeError(
-            f'{name} has dtype {weights.dtype}, '
+            f'{name} has dtype {scores.dtype}, '
             f'expected {features.dtype}, as features'
         )
     n, _, height, width = features.shape
-    if weights.shape[0] != n:
+    if scores.shape[0] != n:
         raise ValueError(
-            f'{name} has batch size {weights.shape[0]}, '
+            f'{name} has batch size {scores.shape[0]}, '
             f'expected {n}, as features'
         )
     letters, expected = channels
-    if weights.shape[1] != expected:
+    if scores.shape[1] != expected:
         raise ValueError(
-            f'{name} has {weights.shape[1]} channels, '
+            f'{name} has {scores.shape[1]} channels, '
             f'expected {letters} = {expected}'
         )
     letters, scale = size
     expected = (scale * height, scale * width)
-    if tuple(weights.shape[2:]) != expected:
+    if tuple(scores.shape[2:]) != expected:
         raise ValueError(
-            f'{name} has size {tuple(weights.shape[2:])}, '
+            f'{name} has size {tuple(scores.shape[2:])}, '
             f'expected ({letters}) = {expected}'
         )
-
-
-def _autocast_enabled(device_type):
-    if device_type not in ('cpu', 'cuda'):  # where the rule is registered
-        return False
-    if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
-        return torch.is_autocast_enabled(device_type)
-    if device_type == 'cpu':
-        return torch.is_autocast_cpu_enabled()
-    return torch.is_autocast_enabled()
-
-
-# Registration. Any device gets the reference; a kernel registers itself for
-# its own device and takes precedence there.
-
-_LIBRARY = torch.library.Library('mmcarafe', 'DEF')
-_LIBRARY.define(
-    'carafe(Tensor features, Tensor weights, str? normalizer) -> Tensor'
-)
-_LIBRARY.define(
-    'carafe_grad_features'
-    '(Tensor grad, Tensor weights, str? normalizer) -> Tensor'
-)
-_LIBRARY.define(
-    'carafe_grad_weights'
-    '(Tensor grad, Tensor features, Tensor weights, str? normalizer) -> Tensor'
-)
-_OPS = torch.ops.mmcarafe
-
-
-def _fake(features, weights, normalizer):
-    return reference.empty_map(features, features.shape[1], weights.shape[3])
-
-
-def _fake_grad_features(grad, weights, normalizer):
-    return reference.empty_map(grad, grad.shape[1], 1, weights.shape[-2:])
-
-
-def _fake_grad_weights(grad, features, weights, normalizer):
-    return torch.empty_like(weights)
-
-
-def _autocast_to_widest(features, weights, normalizer):
-    # Sums over the window accumulate in fp32 in any case, so no input needs
-    # widening; but features and logits may come in two dtypes.
-    dtype = torch.promote_types(features.dtype, weights.dtype)
-    with torch.autocast(features.device.type, enabled=False):
-        return _OPS.carafe(features.to(dtype), weights.to(dtype), normalizer)
-
-
-class _Carafe(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, weights, normalizer):
-        ctx.save_for_backward(features, weights)
-        ctx.normalizer = normalizer
-        with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.carafe(features, weights, normalizer)
-
-    @staticmethod
-    def backward(ctx, grad):
-        features, weights = ctx.saved_tensors
-        to_features, to_weights, _ = ctx.needs_input_grad
-        return (
-            _OPS.carafe_grad_features(grad, weights, ctx.normalizer)
-            if to_features
-            else None,
-            _OPS.carafe_grad_weights(grad, features, weights, ctx.normalizer)
-            if to_weights
-            else None,
-            None,
-        )
-
-
-class _GradFeatures(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad, weights):
-        ctx.save_for_backward(grad, weights)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.carafe_grad_features(grad, weights, None)
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        grad, weights = ctx.saved_tensors
-        return (
-            _OPS.carafe(grad_out, weights, None),
-            _OPS.carafe_grad_weights(grad, grad_out, weights, None),
-        )
-
-
-class _GradWeights(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad, features, weights):
-        ctx.save_for_backward(grad, features)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.carafe_grad_weights(grad, features, weights, None)
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        grad, features = ctx.saved_tensors
-        return (
-            _OPS.carafe(features, grad_out, None),
-            _OPS.carafe_grad_features(grad, grad_out, None),
-            None,
-        )
-
-
-# A second derivative goes through the normaliser in plain PyTorch, so that the
-# operators need derivatives of their linear form only.
-
-
-def _autograd_grad_features(grad, weights, normalizer):
-    if not torch.is_grad_enabled():
-        with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.carafe_grad_features(grad, weights, normalizer)
-    # autocast may widen what is normalised here
-    weights = reference.normalize(weights, normalizer).to(grad.dtype)
-    return _GradFeatures.apply(grad, weights)
-
-
-def _autograd_grad_weights(grad, features, weights, normalizer):
-    if not torch.is_grad_enabled():
-        with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.carafe_grad_weights(
-                grad, features, weights, normalizer
-            )
-    grad_weights = _GradWeights.apply(grad, features, weights)
-    return reference.normalize_backward(grad_weights, weights, normalizer)
-
-
-_KERNELS = {
-    'carafe': (reference.reassemble, _fake, _Carafe.apply),
-    'carafe_grad_features': (
-        reference.grad_features,
-        _fake_grad_features,
-        _autograd_grad_features,
-    ),
-    'carafe_grad_weights': (
-        reference.grad_weights,
-        _fake_grad_weights,
-        _autograd_grad_weights,
-    ),
-}
-for _name, (_plain, _meta, _autograd) in _KERNELS.items():
-    _LIBRARY.impl(_name, _plain, 'CompositeExplicitAutograd')
-    _LIBRARY.impl(_name, _meta, 'Meta')
-    _LIBRARY.impl(_name, _autograd, 'Autograd')
-for _key in ('AutocastCPU', 'AutocastCUDA'):
-    _LIBRARY.impl('carafe', _autocast_to_widest, _key)
-
-
-# What torch's FlopCounterMode counts: K*K multiply-adds, as 2 each, for each
-# value of the large map. Softmax counts nowhere.
-
-
-def _flops(features, weights, normalizer, *, out_shape=None, **kwargs):
-    return 2 * weights[2] * math.prod(out_shape)  # [N, G, K*K, S, S, H, W]
-
-
-def _flops_of_gradient(grad, *others, **kwargs):
-    weights = others[-2]  # the last but the normalizer
-    return 2 * weights[2] * math.prod(grad)
-
-
-for _name in _KERNELS:
-    _operator = getattr(_OPS, _name)
-    _formula = _flops if _name == 'carafe' else _flops_of_gradient
-    if hasattr(flop_counter, 'register_flop_formula'):
-        flop_counter.register_flop_formula(_operator)(_formula)
-    else:  # torch 2.1
-        flop_counter.flop_mapping[_operator] = _formula

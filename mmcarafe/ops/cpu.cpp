@@ -54,7 +54,8 @@ constexpr int ROWS = 2;
 constexpr int COLUMNS = 16;
 constexpr int CHUNK = 16;
 
-enum Normalizer { NONE, SOFTMAX, SIGMOID_NORMALIZED, SIGMOID };
+// In the order of NORMALIZERS and DTYPES in reference.py.
+enum Normalizer { SOFTMAX, SIGMOID_NORMALIZED, SIGMOID, NONE };
 enum Dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 
 // Mirrored by _Arguments in cpu.py. Strides count elements.
@@ -65,10 +66,10 @@ struct Arguments {
   int64_t low_strides[4];
   void *high;  // [N, C, S*H, S*W]: the output or its gradient
   int64_t high_strides[4];
-  void *weights;  // [N, G, K*K, S, S, H, W]
-  int64_t weights_strides[7];
-  void *grad_weights;  // [N, G, K*K, S, S, H, W]
-  int64_t grad_weights_strides[7];
+  void *scores;  // [N, G, K*K, S, S, H, W]
+  int64_t scores_strides[7];
+  void *grad_scores;  // [N, G, K*K, S, S, H, W]
+  int64_t grad_scores_strides[7];
   void *statistics;  // [2, N, G, S*S, H, W]: see GradFeatures
 };
 
@@ -332,6 +333,7 @@ read_padded(A *to, int64_t pitch, const T *from, int64_t rows,
 //   weight = rise(logit, top) * scale
 
 template <int MODE, class V> inline V rise(V logit, V top) {
+  static_assert(MODE >= SOFTMAX && MODE <= NONE, "a normaliser");
   const V zero{};
   if (MODE == SOFTMAX)
     return exp_nonpositive(logit - top);
@@ -344,6 +346,29 @@ template <int MODE, class V> inline V rise(V logit, V top) {
   return exp_nonpositive((logit < zero ? logit : zero) - top) / (1 + tail);
 }
 
+// Calls f with the normaliser as a constant; false if there is no such.
+template <class F> inline bool with_normalizer(int64_t normalizer, F f) {
+  switch (normalizer) {
+  case SOFTMAX:
+    f(std::integral_constant<int, SOFTMAX>());
+    return true;
+  case SIGMOID_NORMALIZED:
+    f(std::integral_constant<int, SIGMOID_NORMALIZED>());
+    return true;
+  case SIGMOID:
+    f(std::integral_constant<int, SIGMOID>());
+    return true;
+  case NONE:
+    f(std::integral_constant<int, NONE>());
+    return true;
+  }
+  return false;
+}
+
+constexpr bool has_sum(int mode) {
+  return mode == SOFTMAX || mode == SIGMOID_NORMALIZED;
+}
+
 // Weights [K*K, S*S, COLUMNS] of logits, and, where they depend on a sum over
 // the taps, the two numbers above, each [S*S, COLUMNS].
 template <int MODE, class A>
@@ -353,7 +378,7 @@ void normalize_mode(const A *logits, A *weights, A *tops, A *scales,
   const int64_t size = subpixels * COLUMNS;  // of one tap
   for (int64_t at = 0; at < size; at += LANES<A>) {
     V top{}, sum{};
-    if (MODE == SOFTMAX || MODE == SIGMOID_NORMALIZED) {
+    if (has_sum(MODE)) {
       top = load(logits + at);
       for (int64_t k = 1; k < taps; ++k) {
         const V x = load(logits + k * size + at);
@@ -367,7 +392,7 @@ void normalize_mode(const A *logits, A *weights, A *tops, A *scales,
       store(weights + k * size + at, x);
       sum += x;
     }
-    if (MODE == SOFTMAX || MODE == SIGMOID_NORMALIZED) {
+    if (has_sum(MODE)) {
       for (int64_t k = 0; k < taps; ++k)
         store(weights + k * size + at, load(weights + k * size + at) / sum);
       store(tops + at, top);
@@ -392,13 +417,16 @@ void normalize_backward_mode(const A *logits, const A *weights, A *grad,
   const int64_t size = subpixels * COLUMNS;
   for (int64_t at = 0; at < size; at += LANES<A>) {
     V dot{};
-    if (MODE != SIGMOID)
+    if (has_sum(MODE))
       for (int64_t k = 0; k < taps; ++k)
         dot += load(weights + k * size + at) * load(grad + k * size + at);
     for (int64_t k = 0; k < taps; ++k) {
       const V w = load(weights + k * size + at);
       V g = load(grad + k * size + at);
-      g = MODE == SIGMOID ? g * w * (1 - w) : w * (g - dot);
+      if (has_sum(MODE))
+        g = w * (g - dot);
+      if (MODE == SIGMOID)
+        g = g * w * (1 - w);
       if (MODE == SIGMOID_NORMALIZED)
         g *= rise<SIGMOID>(-load(logits + k * size + at), V{});
       store(grad + k * size + at, g);
@@ -410,23 +438,23 @@ void normalize_backward_mode(const A *logits, const A *weights, A *grad,
 // Arithmetic on one row of a block. Pitches are distances in buffers. A
 // template argument of 0 stands for "at run time".
 
-// y[c, p] = sum over k of x[c, k] * w[k, p], for P subpixels p
-template <int KERNEL, int P, class A>
+// y[c, p] = sum over k of x[c, k] * w[k, p], for SUBPIXELS subpixels p
+template <int KERNEL, int SUBPIXELS, class A>
 inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
                             const A *w, A *y, int64_t kernel,
                             int64_t subpixels, int64_t channels,
                             int64_t columns) {
-  constexpr int CHANNELS = SUMS / P;
+  constexpr int CHANNELS = SUMS / SUBPIXELS;
   const int64_t K = KERNEL ? KERNEL : kernel;
   for (int64_t c = 0; c < channels; c += CHANNELS)
     for (int64_t v = 0; v < columns; v += LANES<A>) {
-      Vector<A> sum[CHANNELS][P] = {};
+      Vector<A> sum[CHANNELS][SUBPIXELS] = {};
       for (int64_t ky = 0; ky < K; ++ky)
         for (int64_t kx = 0; kx < K; ++kx) {
           Vector<A> value[CHANNELS];
           for (int i = 0; i < CHANNELS; ++i)
             value[i] = load(x + (c + i) * x_pitch + ky * pitch + kx + v);
-          for (int p = 0; p < P; ++p) {
+          for (int p = 0; p < SUBPIXELS; ++p) {
             const Vector<A> weight =
                 load(w + ((ky * K + kx) * subpixels + p) * COLUMNS + v);
             for (int i = 0; i < CHANNELS; ++i)
@@ -434,14 +462,14 @@ inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
           }
         }
       for (int i = 0; i < CHANNELS; ++i)
-        for (int p = 0; p < P; ++p)
+        for (int p = 0; p < SUBPIXELS; ++p)
           store(y + ((c + i) * subpixels + p) * COLUMNS + v, sum[i][p]);
     }
 }
 
 // x [CHUNK, K, pitch], w [K*K, S*S, COLUMNS] -> y [CHUNK, S*S, COLUMNS]
 template <int KERNEL, class A>
-void reassemble(const A *x, int64_t x_pitch, int64_t pitch, const A *w, A *y,
+void reassemble_row(const A *x, int64_t x_pitch, int64_t pitch, const A *w, A *y,
                 int64_t kernel, int64_t subpixels, int64_t channels,
                 int64_t columns) {
   int64_t p = 0;
@@ -457,22 +485,23 @@ void reassemble(const A *x, int64_t x_pitch, int64_t pitch, const A *w, A *y,
 
 // g [CHUNK, K, S*S, pitch], w [K*K, S*S, COLUMNS] -> x [CHUNK, COLUMNS]
 template <int KERNEL, int SUBPIXELS, class A>
-void gather(const A *g, int64_t g_pitch, int64_t pitch, const A *w, A *x,
+void gather_row(const A *g, int64_t g_pitch, int64_t pitch, const A *w, A *x,
             int64_t kernel, int64_t subpixels, int64_t channels,
             int64_t columns) {
   const int64_t K = KERNEL ? KERNEL : kernel;
-  const int64_t P = SUBPIXELS ? SUBPIXELS : subpixels;
+  if (SUBPIXELS)
+    subpixels = SUBPIXELS;
   for (int64_t c = 0; c < channels; c += SUMS)
     for (int64_t v = 0; v < columns; v += LANES<A>) {
       Vector<A> sum[SUMS] = {};
       for (int64_t ky = 0; ky < K; ++ky)
-        for (int64_t p = 0; p < P; ++p)
+        for (int64_t p = 0; p < subpixels; ++p)
           for (int64_t kx = 0; kx < K; ++kx) {
             const Vector<A> weight =
-                load(w + ((ky * K + kx) * P + p) * COLUMNS + v);
+                load(w + ((ky * K + kx) * subpixels + p) * COLUMNS + v);
             for (int i = 0; i < SUMS; ++i)
               sum[i] += weight * load(g + (c + i) * g_pitch +
-                                      (ky * P + p) * pitch + kx + v);
+                                      (ky * subpixels + p) * pitch + kx + v);
           }
       for (int i = 0; i < SUMS; ++i)
         store(x + (c + i) * COLUMNS + v, sum[i]);
@@ -480,28 +509,28 @@ void gather(const A *g, int64_t g_pitch, int64_t pitch, const A *w, A *x,
 }
 
 // w[k, p] += sum over c of x[c, k] * g[c, p], for TAPS taps k of one tap row
-// and P subpixels p
-template <int TAPS, int P, class A>
+// and SUBPIXELS subpixels p
+template <int TAPS, int SUBPIXELS, class A>
 inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
                            int64_t g_pitch, A *w, int64_t subpixels,
                            int64_t channels, int64_t columns) {
   for (int64_t v = 0; v < columns; v += LANES<A>) {
-    Vector<A> sum[TAPS][P];
+    Vector<A> sum[TAPS][SUBPIXELS];
     for (int t = 0; t < TAPS; ++t)
-      for (int p = 0; p < P; ++p)
+      for (int p = 0; p < SUBPIXELS; ++p)
         sum[t][p] = load(w + (t * subpixels + p) * COLUMNS + v);
     for (int64_t c = 0; c < channels; ++c) {
-      Vector<A> grad[P];
-      for (int p = 0; p < P; ++p)
+      Vector<A> grad[SUBPIXELS];
+      for (int p = 0; p < SUBPIXELS; ++p)
         grad[p] = load(g + c * g_pitch + p * COLUMNS + v);
       for (int t = 0; t < TAPS; ++t) {
         const Vector<A> value = load(x + c * x_pitch + t + v);
-        for (int p = 0; p < P; ++p)
+        for (int p = 0; p < SUBPIXELS; ++p)
           sum[t][p] += value * grad[p];
       }
     }
     for (int t = 0; t < TAPS; ++t)
-      for (int p = 0; p < P; ++p)
+      for (int p = 0; p < SUBPIXELS; ++p)
         store(w + (t * subpixels + p) * COLUMNS + v, sum[t][p]);
   }
 }
@@ -509,18 +538,18 @@ inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
 // x [CHUNK, K, pitch], g [CHUNK, S*S, COLUMNS]
 // -> added to w [K*K, S*S, COLUMNS]
 template <int KERNEL, class A>
-void correlate(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
+void correlate_row(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
                int64_t g_pitch, A *w, int64_t kernel, int64_t subpixels,
                int64_t channels, int64_t columns) {
-  constexpr int TAPS = KERNEL ? KERNEL : 1, P = SUMS / 4;
+  constexpr int TAPS = KERNEL ? KERNEL : 1, SUBPIXELS = SUMS / 4;
   const int64_t K = KERNEL ? KERNEL : kernel;
   for (int64_t ky = 0; ky < K; ++ky)
     for (int64_t kx = 0; kx < K; kx += TAPS) {
       const A *x_k = x + ky * pitch + kx;
       A *w_k = w + (ky * K + kx) * subpixels * COLUMNS;
       int64_t p = 0;
-      for (; p + P <= subpixels; p += P)
-        correlate_tile<TAPS, P>(x_k, x_pitch, g + p * COLUMNS, g_pitch,
+      for (; p + SUBPIXELS <= subpixels; p += SUBPIXELS)
+        correlate_tile<TAPS, SUBPIXELS>(x_k, x_pitch, g + p * COLUMNS, g_pitch,
                                 w_k + p * COLUMNS, subpixels, channels,
                                 columns);
       for (; p < subpixels; ++p)
@@ -659,29 +688,29 @@ template <class T> struct Block {
   }
 
   // The weights, or logits, of row r -> [K*K, S*S, COLUMNS]
-  void read_weights(A *to, int64_t r) const {
+  void read_scores(A *to, int64_t r) const {
     for (int64_t k = 0; k < taps; ++k)
       read_tap(to + k * subpixels * COLUMNS, k, h + r, w);
   }
 
   // Those of tap k for the pixels (y, x), (y, x + 1), ... -> [S*S, COLUMNS]
   void read_tap(A *to, int64_t k, int64_t y, int64_t x) const {
-    const int64_t *strides = a.weights_strides;
+    const int64_t *strides = a.scores_strides;
     const bool inside = y >= 0 && y < a.H;
     for (int64_t i = 0; i < S; ++i)
       read_padded(to + i * S * COLUMNS, COLUMNS,
-                  static_cast<const T *>(a.weights) + n * strides[0] +
+                  static_cast<const T *>(a.scores) + n * strides[0] +
                       g * strides[1] + k * strides[2] + i * strides[3] +
                       (inside ? y : 0) * strides[5],
                   S, COLUMNS, strides[4], strides[6], x, inside ? a.W : 0);
   }
 
   // [K*K, S*S, COLUMNS] -> the gradient of the weights of row r
-  void write_grad_weights(const A *from, int64_t r) const {
-    const int64_t *strides = a.grad_weights_strides;
+  void write_grad_scores(const A *from, int64_t r) const {
+    const int64_t *strides = a.grad_scores_strides;
     for (int64_t k = 0; k < taps; ++k)
       for (int64_t i = 0; i < S; ++i)
-        write(static_cast<T *>(a.grad_weights) + n * strides[0] +
+        write(static_cast<T *>(a.grad_scores) + n * strides[0] +
                   g * strides[1] + k * strides[2] + i * strides[3] +
                   (h + r) * strides[5] + w * strides[6],
               strides[4], strides[6], from + (k * S + i) * S * COLUMNS,
@@ -706,12 +735,10 @@ template <class T> struct Block {
   }
 
   void normalize(const A *logits, A *weights, A *tops, A *scales) const {
-    const auto function =
-        a.normalizer == SOFTMAX              ? normalize_mode<SOFTMAX, A>
-        : a.normalizer == SIGMOID_NORMALIZED ? normalize_mode<SIGMOID_NORMALIZED, A>
-        : a.normalizer == SIGMOID            ? normalize_mode<SIGMOID, A>
-                                             : normalize_mode<NONE, A>;
-    function(logits, weights, tops, scales, taps, subpixels);
+    with_normalizer(a.normalizer, [&](auto mode) {
+      normalize_mode<mode.value, A>(logits, weights, tops, scales, taps,
+                                    subpixels);
+    });
   }
 
   template <class Body> void for_chunks(Body body) const {
@@ -735,13 +762,13 @@ public:
     at.seek(item);
     for (int64_t r = 0; r < at.rows; ++r) {
       A *weights_r = weights + r * at.weights_size;
-      at.read_weights(weights_r, r);
+      at.read_scores(weights_r, r);
       at.normalize(weights_r, weights_r, tops, scales);
       at.clear_outside(weights_r, r);
     }
-    const auto function = at.K == 5   ? reassemble<5, A>
-                          : at.K == 3 ? reassemble<3, A>
-                                      : reassemble<0, A>;
+    const auto function = at.K == 5   ? reassemble_row<5, A>
+                          : at.K == 3 ? reassemble_row<3, A>
+                                      : reassemble_row<0, A>;
     at.for_chunks([&](int64_t c, int64_t channels) {
       at.read_low(x, c, channels);
       for (int64_t r = 0; r < at.rows; ++r)
@@ -771,7 +798,7 @@ public:
     const Arguments &a = at.a;
     const int64_t size = a.H * a.W, half = a.N * a.G * at.subpixels * size;
     for (int64_t r = 0; r < at.rows; ++r) {
-      at.read_weights(logits, r);
+      at.read_scores(logits, r);
       at.normalize(logits, weights, tops, scales);
       A *to = static_cast<A *>(a.statistics) +
               (at.n * a.G + at.g) * at.subpixels * size +
@@ -800,10 +827,10 @@ public:
     at.seek(item);
     for (int64_t r = 0; r < at.rows; ++r)
       read_opposite_weights(weights + r * at.weights_size, r);
-    const auto function = at.S != 2   ? gather<0, 0, A>
-                          : at.K == 5 ? gather<5, 4, A>
-                          : at.K == 3 ? gather<3, 4, A>
-                                      : gather<0, 0, A>;
+    const auto function = at.S != 2   ? gather_row<0, 0, A>
+                          : at.K == 5 ? gather_row<5, 4, A>
+                          : at.K == 3 ? gather_row<3, 4, A>
+                                      : gather_row<0, 0, A>;
     at.for_chunks([&](int64_t c, int64_t channels) {
       at.read_high(grad, at.pitch, at.radius, c, channels);
       for (int64_t r = 0; r < at.rows; ++r)
@@ -819,7 +846,7 @@ private:
   // By the distance of the pixel they belong to -> [K*K, S*S, COLUMNS]
   void read_opposite_weights(A *to, int64_t r) {
     const int64_t mode = at.a.normalizer, size = at.subpixels * COLUMNS;
-    const bool sums = mode == SOFTMAX || mode == SIGMOID_NORMALIZED;
+    const bool sums = has_sum(int(mode));
     for (int64_t k = 0; k < at.taps; ++k) {
       const int64_t y = at.h + r + k / at.K - at.radius;
       const int64_t x = at.w + k % at.K - at.radius;
@@ -827,12 +854,11 @@ private:
       if (sums)
         read_statistics(k, y, x);
     }
-    if (mode == SOFTMAX)
-      reweigh_mode<SOFTMAX, A>(to, tops, scales, at.weights_size);
-    else if (mode == SIGMOID_NORMALIZED)
-      reweigh_mode<SIGMOID_NORMALIZED, A>(to, tops, scales, at.weights_size);
-    else
-      at.normalize(to, to, tops, scales);
+    if (!sums)
+      return at.normalize(to, to, tops, scales);
+    with_normalizer(mode, [&](auto constant) {
+      reweigh_mode<constant.value, A>(to, tops, scales, at.weights_size);
+    });
   }
 
   void read_statistics(int64_t k, int64_t y, int64_t x) {
@@ -865,9 +891,9 @@ public:
   void operator()(int64_t item) {
     at.seek(item);
     std::fill(grad + 0, grad + ROWS * at.weights_size, A(0));
-    const auto function = at.K == 5   ? correlate<5, A>
-                          : at.K == 3 ? correlate<3, A>
-                                      : correlate<0, A>;
+    const auto function = at.K == 5   ? correlate_row<5, A>
+                          : at.K == 3 ? correlate_row<3, A>
+                                      : correlate_row<0, A>;
     at.for_chunks([&](int64_t c, int64_t channels) {
       at.read_low(x, c, channels);
       at.read_high(y, COLUMNS, 0, c, channels);
@@ -881,22 +907,20 @@ public:
       A *grad_r = grad + r * at.weights_size;
       at.clear_outside(grad_r, r);
       normalize_backward(grad_r, r);
-      at.write_grad_weights(grad_r, r);
+      at.write_grad_scores(grad_r, r);
     }
   }
 
 private:
   void normalize_backward(A *grad_r, int64_t r) {
-    const int64_t mode = at.a.normalizer;
-    if (mode == NONE)
+    if (at.a.normalizer == NONE)
       return;
-    at.read_weights(logits, r);
+    at.read_scores(logits, r);
     at.normalize(logits, weights, tops, scales);
-    const auto function =
-        mode == SOFTMAX   ? normalize_backward_mode<SOFTMAX, A>
-        : mode == SIGMOID ? normalize_backward_mode<SIGMOID, A>
-                          : normalize_backward_mode<SIGMOID_NORMALIZED, A>;
-    function(logits, weights, grad_r, at.taps, at.subpixels);
+    with_normalizer(at.a.normalizer, [&](auto mode) {
+      normalize_backward_mode<mode.value, A>(logits, weights, grad_r, at.taps,
+                                             at.subpixels);
+    });
   }
 };
 
@@ -934,30 +958,42 @@ template <class Worker> void run(const Arguments &a, int64_t count) {
         unsigned(threads), 0);
 }
 
+// 0; or what is unknown, so that nothing was done: 1 the dtype, 2 the
+// normaliser.
 template <template <class> class Worker>
-void run_dtype(const Arguments &a) noexcept {
+int run_dtype(const Arguments &a) noexcept {
+  if (!with_normalizer(a.normalizer, [](auto) {}))
+    return 2;
   switch (a.dtype) {
   case FLOAT16:
-    return run<Worker<Half>>(a, Block<Half>::count(a));
+    run<Worker<Half>>(a, Block<Half>::count(a));
+    return 0;
   case BFLOAT16:
-    return run<Worker<Bfloat>>(a, Block<Bfloat>::count(a));
+    run<Worker<Bfloat>>(a, Block<Bfloat>::count(a));
+    return 0;
   case FLOAT32:
-    return run<Worker<float>>(a, Block<float>::count(a));
+    run<Worker<float>>(a, Block<float>::count(a));
+    return 0;
   case FLOAT64:
-    return run<Worker<double>>(a, Block<double>::count(a));
+    run<Worker<double>>(a, Block<double>::count(a));
+    return 0;
   }
+  return 1;
 }
 
 }  // namespace
 
-extern "C" void carafe(const Arguments *a) { run_dtype<Forward>(*a); }
-
-extern "C" void carafe_grad_features(const Arguments *a) {
-  if (a->statistics)
-    run_dtype<Statistics>(*a);
-  run_dtype<GradFeatures>(*a);
+extern "C" int reassemble(const Arguments *a) {
+  return run_dtype<Forward>(*a);
 }
 
-extern "C" void carafe_grad_weights(const Arguments *a) {
-  run_dtype<GradWeights>(*a);
+extern "C" int reassemble_grad_features(const Arguments *a) {
+  if (a->statistics)
+    if (const int unknown = run_dtype<Statistics>(*a))
+      return unknown;
+  return run_dtype<GradFeatures>(*a);
+}
+
+extern "C" int reassemble_grad_weights(const Arguments *a) {
+  return run_dtype<GradWeights>(*a);
 }

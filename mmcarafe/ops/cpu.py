@@ -1,9 +1,8 @@
-"""Load the CPU kernel, cpu.cpp, and register it with torch.
+"""Load the compiled operators, cpu.cpp, that serve CPU tensors.
 
 Installing compiles cpu.cpp once per vector width (see setup.py), into shared
 libraries named after torch's own levels, :data:`CAPABILITIES`. The widest one
-that torch itself would use here is loaded. Without any, the operators run on
-the PyTorch path of :mod:`mmcarafe.ops.reference`.
+that torch itself would use here is loaded.
 """
 
 import ctypes
@@ -13,14 +12,10 @@ import os
 import torch
 
 from mmcarafe.ops import reference
-from mmcarafe.ops.carafe import _LIBRARY
 
 # torch.backends.cpu.get_cpu_capability(), widest first. Anything else that it
 # may return, such as arm64's, goes with the last.
 CAPABILITIES = ('AVX512', 'AVX2', 'DEFAULT')
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_NORMALIZERS = (None, 'softmax', 'sigmoid_normalized', 'sigmoid')
 
 
 class _Arguments(ctypes.Structure):
@@ -33,16 +28,16 @@ class _Arguments(ctypes.Structure):
         ('low_strides', ctypes.c_int64 * 4),
         ('high', ctypes.c_void_p),
         ('high_strides', ctypes.c_int64 * 4),
-        ('weights', ctypes.c_void_p),
-        ('weights_strides', ctypes.c_int64 * 7),
-        ('grad_weights', ctypes.c_void_p),
-        ('grad_weights_strides', ctypes.c_int64 * 7),
+        ('scores', ctypes.c_void_p),
+        ('scores_strides', ctypes.c_int64 * 7),
+        ('grad_scores', ctypes.c_void_p),
+        ('grad_scores_strides', ctypes.c_int64 * 7),
         ('statistics', ctypes.c_void_p),
     ]
 
 
-class Kernel:
-    """The three operators of :mod:`mmcarafe.ops.carafe`, in one library.
+class Library:
+    """The three operators of :mod:`mmcarafe.ops.reference`, compiled.
 
     ctypes releases the GIL while a function of the library runs.
     """
@@ -52,41 +47,39 @@ class Kernel:
         self._library = ctypes.CDLL(path)
         self._pid = os.getpid()
 
-    def carafe(self, features, weights, normalizer):
-        out = reference.empty_map(
-            features, features.shape[1], weights.shape[3]
-        )
-        self._run('carafe', features, out, weights, normalizer)
+    def reassemble(self, features, scores, normalizer):
+        out = reference.empty_map(features, features.shape[1], scores.shape[3])
+        self._run('reassemble', features, out, scores, normalizer)
         return out
 
-    def carafe_grad_features(self, grad, weights, normalizer):
-        out = reference.empty_map(grad, grad.shape[1], 1, weights.shape[-2:])
+    def reassemble_grad_features(self, grad, scores, normalizer):
+        out = reference.empty_map(grad, grad.shape[1], 1, scores.shape[-2:])
         statistics = None
         if normalizer in ('softmax', 'sigmoid_normalized'):
-            n, groups, _, s, _, height, width = weights.shape
+            n, groups, _, s, _, height, width = scores.shape
             statistics = torch.empty(
                 (2, n, groups, s * s, height, width),
-                dtype=torch.promote_types(weights.dtype, torch.float32),
+                dtype=torch.promote_types(scores.dtype, torch.float32),
             )
         self._run(
-            'carafe_grad_features',
+            'reassemble_grad_features',
             out,
             grad,
-            weights,
+            scores,
             normalizer,
             statistics=statistics,
         )
         return out
 
-    def carafe_grad_weights(self, grad, features, weights, normalizer):
-        out = torch.empty_like(weights)
+    def reassemble_grad_weights(self, grad, features, scores, normalizer):
+        out = torch.empty_like(scores)
         self._run(
-            'carafe_grad_weights',
+            'reassemble_grad_weights',
             features,
             grad,
-            weights,
+            scores,
             normalizer,
-            grad_weights=out,
+            grad_scores=out,
         )
         return out
 
@@ -95,22 +88,24 @@ class Kernel:
         name,
         low,
         high,
-        weights,
+        scores,
         normalizer,
-        grad_weights=None,
+        grad_scores=None,
         statistics=None,
     ):
-        if not low.dtype == high.dtype == weights.dtype:
+        if not low.dtype == high.dtype == scores.dtype:
             raise TypeError(
-                f'{name} got {low.dtype}, {high.dtype} and {weights.dtype}, '
+                f'{name} got {low.dtype}, {high.dtype} and {scores.dtype}, '
                 'expected one dtype'
             )
-        n, groups, taps, s, _, height, width = weights.shape
+        if normalizer not in reference.NORMALIZERS:
+            raise reference.unknown_normalizer(normalizer)
+        n, groups, taps, s, _, height, width = scores.shape
         if n == 0:
             return
         arguments = _Arguments(
-            dtype=_DTYPES.index(weights.dtype),
-            normalizer=_NORMALIZERS.index(normalizer),
+            dtype=reference.DTYPES.index(scores.dtype),
+            normalizer=reference.NORMALIZERS.index(normalizer),
             threads=self._threads(),
             N=n,
             C=low.shape[1],
@@ -123,8 +118,8 @@ class Kernel:
         tensors = {
             'low': low,
             'high': high,
-            'weights': weights,
-            'grad_weights': grad_weights,
+            'scores': scores,
+            'grad_scores': grad_scores,
         }
         for field, tensor in tensors.items():
             if tensor is not None:
@@ -132,7 +127,13 @@ class Kernel:
                 getattr(arguments, f'{field}_strides')[:] = tensor.stride()
         if statistics is not None:
             arguments.statistics = statistics.data_ptr()
-        getattr(self._library, name)(ctypes.byref(arguments))
+        unknown = getattr(self._library, name)(ctypes.byref(arguments))
+        if unknown:
+            raise RuntimeError(
+                f'{self.path} knows no '
+                f'{(scores.dtype, normalizer)[unknown - 1]}: it was compiled '
+                'from another version of cpu.cpp, so install mmcarafe again'
+            )
 
     def _threads(self):
         # A forked process has lost the OpenMP threads of its parent, and
@@ -140,7 +141,7 @@ class Kernel:
         return torch.get_num_threads() if os.getpid() == self._pid else 1
 
 
-def find(capability):
+def find(capability: str) -> 'str | None':
     """Path of the library for one of :data:`CAPABILITIES`, or None."""
     # Beside this file: the finder of another, editable install would go on.
     spec = importlib.machinery.PathFinder.find_spec(
@@ -149,27 +150,43 @@ def find(capability):
     return spec and spec.origin
 
 
-def runnable():
+def runnable() -> 'tuple[str, ...]':
     """Those of :data:`CAPABILITIES` that this machine runs, widest first."""
     here = torch.backends.cpu.get_cpu_capability()
     first = CAPABILITIES.index(here) if here in CAPABILITIES else -1
     return CAPABILITIES[first:]
 
 
-def _register():
+def _load() -> 'Library | None':
     for capability in runnable():
         path = find(capability)
         if path:
-            kernel = Kernel(path)
-            for name in (
-                'carafe',
-                'carafe_grad_features',
-                'carafe_grad_weights',
-            ):
-                _LIBRARY.impl(name, getattr(kernel, name), 'CPU')
-            return kernel
+            return Library(path)
     return None
 
 
 #: What serves CPU tensors; None if nothing was compiled.
-KERNEL = _register()
+LIBRARY = _load()
+
+
+def status() -> str:
+    """What serves CPU tensors, why, and how to get what would be faster."""
+    if LIBRARY is None:
+        return (
+            'PyTorch reference, because nothing was compiled at install time\n'
+            '  To do: install a C++ compiler (sudo apt install g++), then\n'
+            '  run `pip install .` or `pip install -e .` again, with -v to\n'
+            '  see what the compiler says.'
+        )
+    lines = [f'compiled library {LIBRARY.path}']
+    widest = runnable()[0]
+    if LIBRARY.path != find(widest):
+        lines.append(
+            f'  The faster one for {widest} was not compiled.\n'
+            '  To do: a newer C++ compiler, and `pip install -v .` again.'
+        )
+    if hasattr(ctypes.CDLL(None), 'GOMP_parallel'):
+        lines.append(f'  {torch.get_num_threads()} threads, as torch')
+    else:
+        lines.append('  1 thread, because torch has brought no OpenMP runtime')
+    return '\n'.join(lines)

@@ -1,13 +1,18 @@
-"""The specification of CARAFE in plain PyTorch; every kernel must match it.
+"""The specification of CARAFE in plain PyTorch; all else must match it.
 
-Letters are those of :mod:`mmcarafe.ops.carafe`. All functions below work on
-``weights (Tensor[N, G, K*K, S, S, H, W])``, of which masks and logits are two
+Letters are those of :mod:`mmcarafe.ops.carafe`. The functions below work on
+``scores (Tensor[N, G, K*K, S, S, H, W])``, of which masks and logits are two
 views. No K*K-fold copy of the features is built: one tap at a time, on
 ``_CHUNK`` channels at a time, is multiplied into an accumulator.
 """
 
 import torch
 import torch.nn.functional as F
+
+#: What turns scores into weights; cpu.cpp has an enum in this order.
+NORMALIZERS = ('softmax', 'sigmoid_normalized', 'sigmoid', None)
+#: Of features and scores; cpu.cpp has an enum in this order.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Channels per group that are accumulated together. It bounds the extra memory
 # and keeps the accumulator of a usual feature map in a CPU's cache.
@@ -16,8 +21,8 @@ _CHUNK = 16
 
 def carafe(features, masks, kernel_size, group_size=1, scale_factor=2):
     """See :func:`mmcarafe.ops.carafe`."""
-    weights = weights_from_masks(masks, kernel_size, group_size, scale_factor)
-    return reassemble(features, weights, None)
+    scores = scores_from_masks(masks, kernel_size, group_size, scale_factor)
+    return reassemble(features, scores, None)
 
 
 def carafe_from_logits(
@@ -29,13 +34,11 @@ def carafe_from_logits(
     normalizer='softmax',
 ):
     """See :func:`mmcarafe.ops.carafe_from_logits`."""
-    weights = weights_from_logits(
-        logits, kernel_size, group_size, scale_factor
-    )
-    return reassemble(features, weights, normalizer)
+    scores = scores_from_logits(logits, kernel_size, group_size, scale_factor)
+    return reassemble(features, scores, normalizer)
 
 
-def weights_from_masks(masks, kernel_size, group_size, scale_factor):
+def scores_from_masks(masks, kernel_size, group_size, scale_factor):
     """View ``[N, G*K*K, S*H, S*W]`` as ``[N, G, K*K, S, S, H, W]``."""
     n, _, height, width = masks.shape
     s = scale_factor
@@ -44,17 +47,25 @@ def weights_from_masks(masks, kernel_size, group_size, scale_factor):
     ).permute(0, 1, 2, 4, 6, 3, 5)
 
 
-def weights_from_logits(logits, kernel_size, group_size, scale_factor):
+def masks_from_scores(scores):
+    """The inverse of :func:`scores_from_masks`; a copy."""
+    n, groups, taps, s, _, height, width = scores.shape
+    return scores.permute(0, 1, 2, 5, 3, 6, 4).reshape(
+        n, groups * taps, s * height, s * width
+    )
+
+
+def scores_from_logits(logits, kernel_size, group_size, scale_factor):
     """View ``[N, G*K*K*S*S, H, W]`` as ``[N, G, K*K, S, S, H, W]``."""
     n, _, height, width = logits.shape
     s = scale_factor
     return logits.view(n, group_size, kernel_size**2, s, s, height, width)
 
 
-def reassemble(features, weights, normalizer):
+def reassemble(features, scores, normalizer):
     """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``."""
-    w = normalize(accumulable(weights), normalizer)
-    out = empty_map(features, features.shape[1], weights.shape[3])
+    w = normalize(accumulable(scores), normalizer)
+    out = empty_map(features, features.shape[1], scores.shape[3])
     x = _split_groups(features, w.shape[1])  # [N, G, C/G, H, W]
     y = _split_subpixels(out, w)  # [N, G, C/G, S, S, H, W]
     for c in range(0, x.shape[2], _CHUNK):
@@ -67,9 +78,9 @@ def reassemble(features, weights, normalizer):
     return out
 
 
-def grad_features(grad, weights, normalizer):
+def reassemble_grad_features(grad, scores, normalizer):
     """Gather ``grad [N, C, S*H, S*W]`` back to ``[N, C, H, W]``."""
-    w = normalize(accumulable(weights), normalizer)
+    w = normalize(accumulable(scores), normalizer)
     out = empty_map(grad, grad.shape[1], 1, w.shape[-2:])
     x = _split_groups(out, w.shape[1])  # [N, G, C/G, H, W]
     g = _split_subpixels(grad, w)  # [N, G, C/G, S, S, H, W]
@@ -83,44 +94,55 @@ def grad_features(grad, weights, normalizer):
     return out
 
 
-def grad_weights(grad, features, weights, normalizer):
+def reassemble_grad_weights(grad, features, scores, normalizer):
     """Correlate ``grad`` and features to ``[N, G, K*K, S, S, H, W]``."""
-    logits = accumulable(weights)
-    acc = torch.zeros_like(logits)
-    x = _split_groups(features, weights.shape[1])  # [N, G, C/G, H, W]
-    g = _split_subpixels(grad, weights)  # [N, G, C/G, S, S, H, W]
+    wide = accumulable(scores)
+    acc = torch.zeros_like(wide)
+    x = _split_groups(features, scores.shape[1])  # [N, G, C/G, H, W]
+    g = _split_subpixels(grad, scores)  # [N, G, C/G, S, S, H, W]
     for c in range(0, x.shape[2], _CHUNK):
         x_c = accumulable(x[:, :, c : c + _CHUNK, None, None])
         g_c = accumulable(g[:, :, c : c + _CHUNK])
-        for k, here, there in _taps(weights):
+        for k, here, there in _taps(scores):
             acc[:, :, k][here] += (g_c[here] * x_c[there]).sum(2)
-    grad_logits = normalize_backward(acc, logits, normalizer)
-    return torch.empty_like(weights).copy_(grad_logits)
+    grad_scores = normalize_backward(acc, wide, normalizer)
+    return torch.empty_like(scores).copy_(grad_scores)
 
 
-def normalize(weights, normalizer):
-    """Turn logits into weights over the K*K taps (dimension 2)."""
+def normalize(scores, normalizer):
+    """Turn scores into weights over the K*K taps (dimension 2)."""
     if normalizer == 'softmax':
-        return weights.softmax(2)
+        return scores.softmax(2)
     if normalizer == 'sigmoid_normalized':
         # sigmoid(l) / sum sigmoid(l), which is 0 / 0 for very negative l
-        return F.logsigmoid(weights).softmax(2)
+        return F.logsigmoid(scores).softmax(2)
     if normalizer == 'sigmoid':
-        return weights.sigmoid()
-    return weights
+        return scores.sigmoid()
+    if normalizer is None:
+        return scores
+    raise unknown_normalizer(normalizer)
 
 
-def normalize_backward(grad, weights, normalizer):
-    """Gradient of :func:`normalize` towards the logits ``weights``."""
+def normalize_backward(grad, scores, normalizer):
+    """Gradient of :func:`normalize` towards the scores."""
     if normalizer is None:
         return grad
-    w = normalize(weights, normalizer)
+    w = normalize(scores, normalizer)
     if normalizer == 'sigmoid':
         return grad * w * (1 - w)
     grad = w * (grad - (w * grad).sum(2, keepdim=True))
+    if normalizer == 'softmax':
+        return grad
     if normalizer == 'sigmoid_normalized':
-        grad = grad * torch.sigmoid(-weights)
-    return grad
+        return grad * torch.sigmoid(-scores)
+    raise unknown_normalizer(normalizer)
+
+
+def unknown_normalizer(normalizer):
+    """The error for what is not one of :data:`NORMALIZERS`."""
+    return ValueError(
+        f'normalizer is {normalizer!r}, expected one of {NORMALIZERS}'
+    )
 
 
 def empty_map(like, channels, scale_factor, size=None):
@@ -140,13 +162,13 @@ def empty_map(like, channels, scale_factor, size=None):
     )
 
 
-def _taps(weights):
+def _taps(scores):
     """Yield each tap k, the pixels it serves, and the pixels it reads.
 
     Both are index expressions for the last two dimensions, H and W. Pixels
     that would read outside the map are left out: they add zero.
     """
-    taps, height, width = weights.shape[2], *weights.shape[-2:]
+    taps, height, width = scores.shape[2], *scores.shape[-2:]
     kernel_size = int(taps**0.5)
     for k in range(taps):
         dy = k // kernel_size - kernel_size // 2
@@ -175,8 +197,8 @@ def _split_groups(x, groups):
     return x.view(n, groups, channels // groups, height, width)
 
 
-def _split_subpixels(y, weights):
-    n, groups, _, s, _, height, width = weights.shape
+def _split_subpixels(y, scores):
+    n, groups, _, s, _, height, width = scores.shape
     return y.view(
         n, groups, y.shape[1] // groups, height, s, width, s
     ).permute(0, 1, 2, 4, 6, 3, 5)  # [N, G, C/G, S, S, H, W]

@@ -46,7 +46,6 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 
 from mmcarafe.ops import reference
-from mmcarafe.ops.carafe import _LIBRARY
 
 _TRITON = (3, 3)  # tuples as kernel arguments
 _CAPABILITY = (8, 0)  # what the kernels are compiled for in the tests
@@ -78,7 +77,7 @@ class Problem(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     features: View
-    weights: View
+    scores: View
     tensors: Tuple[View, ...]
 
     @property
@@ -89,43 +88,43 @@ class Problem(NamedTuple):
 # The first candidate that fits is the default; timing picks among all of them
 # unless torch.use_deterministic_algorithms is on or a CUDA graph is captured.
 _CANDIDATES = {
-    ('carafe', 'fp32 NCHW'): [
+    ('reassemble', 'fp32 NCHW'): [
         Config(False, 64, 1, 32, 4),
         Config(False, 32, 1, 64, 4),
         Config(False, 16, 1, 128, 4),
         Config(False, 32, 1, 32, 2),
     ],
-    ('carafe', 'fp32 NHWC'): [
+    ('reassemble', 'fp32 NHWC'): [
         Config(False, 128, 1, 8, 4),
         Config(False, 64, 1, 16, 4),
     ],
-    ('carafe', '16 bit NCHW'): [
+    ('reassemble', '16 bit NCHW'): [
         Config(True, 64, 8, 8, 4),
         Config(True, 64, 8, 16, 4),
         Config(True, 64, 4, 32, 4),
         Config(True, 64, 2, 16, 4),
     ],
-    ('carafe', '16 bit NHWC'): [
+    ('reassemble', '16 bit NHWC'): [
         Config(True, 64, 8, 8, 4),
         Config(True, 64, 8, 16, 4),
         Config(True, 128, 8, 16, 8),
         Config(False, 128, 1, 8, 4),
     ],
-    ('carafe_grad_features', 'fp32'): [
+    ('reassemble_grad_features', 'fp32'): [
         Config(True, 32, 4, 4, 4, 2),
         Config(True, 64, 4, 4, 8, 2),
     ],
-    ('carafe_grad_features', '16 bit'): [
+    ('reassemble_grad_features', '16 bit'): [
         Config(True, 64, 4, 4, 4, 2),
         Config(True, 128, 4, 4, 4, 2),
         Config(True, 128, 4, 4, 8, 2),
     ],
-    ('carafe_grad_weights', 'fp32'): [
+    ('reassemble_grad_weights', 'fp32'): [
         Config(True, 16, 2, 16, 4),
         Config(True, 32, 2, 16, 4),
         Config(True, 32, 4, 16, 8),
     ],
-    ('carafe_grad_weights', '16 bit'): [
+    ('reassemble_grad_weights', '16 bit'): [
         Config(True, 64, 4, 16, 4),
         Config(True, 64, 2, 16, 4),
         Config(True, 64, 8, 8, 4),
@@ -134,9 +133,9 @@ _CANDIDATES = {
 }
 # Where no candidate fits: large K, whose patches outgrow the tiles above.
 _FALLBACK = {
-    'carafe': Config(False, 16, 1, 16, 4),
-    'carafe_grad_features': Config(True, 16, 4, 4, 4),
-    'carafe_grad_weights': Config(True, 16, 1, 16, 4),
+    'reassemble': Config(False, 16, 1, 16, 4),
+    'reassemble_grad_features': Config(True, 16, 4, 4, 4),
+    'reassemble_grad_weights': Config(True, 16, 1, 16, 4),
 }
 
 pinned = {}  # operator name -> Config that is used whatever the problem
@@ -144,56 +143,67 @@ _tuned = {}  # problem -> fastest Config
 
 
 def status() -> str:
-    """Which kernels serve CUDA tensors, and why."""
-    reason = _why_reference()
-    if reason is None and torch.cuda.is_available():
-        reason = _why_not_on(torch.cuda.current_device())
+    """What serves CUDA tensors, and why."""
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return 'not available, because this torch was built without CUDA'
+        return 'not available, because torch finds no CUDA device'
+    where = f'on {torch.cuda.get_device_name()}'
+    reason = _why_reference() or _why_not_on(torch.cuda.current_device())
     if reason is not None:
-        return f'PyTorch reference: {reason}'
+        return f'PyTorch reference {where}: {reason}'
     import triton
 
-    return f'Triton {triton.__version__} kernels (fp64: PyTorch reference)'
+    return (
+        f'Triton {triton.__version__} kernels (fp64: PyTorch reference) '
+        f'{where}'
+    )
 
 
-def carafe(features, weights, normalizer):
+def reassemble(features, scores, normalizer):
     """See :func:`mmcarafe.ops.reference.reassemble`."""
     if _takes_reference(features):
-        return reference.reassemble(features, weights, normalizer)
-    out = reference.empty_map(features, features.shape[1], weights.shape[3])
-    _run('carafe', features, weights, (features, weights, out), normalizer)
+        return reference.reassemble(features, scores, normalizer)
+    out = reference.empty_map(features, features.shape[1], scores.shape[3])
+    tensors = (features, scores, out)
+    _run('reassemble', features, scores, tensors, normalizer)
     return out
 
 
-def carafe_grad_features(grad, weights, normalizer):
-    """See :func:`mmcarafe.ops.reference.grad_features`."""
+def reassemble_grad_features(grad, scores, normalizer):
+    """See :func:`mmcarafe.ops.reference.reassemble_grad_features`."""
     if _takes_reference(grad):
-        return reference.grad_features(grad, weights, normalizer)
-    out = reference.empty_map(grad, grad.shape[1], 1, weights.shape[-2:])
-    tensors = (grad, weights, out)
-    _run('carafe_grad_features', out, weights, tensors, normalizer)
+        return reference.reassemble_grad_features(grad, scores, normalizer)
+    out = reference.empty_map(grad, grad.shape[1], 1, scores.shape[-2:])
+    tensors = (grad, scores, out)
+    _run('reassemble_grad_features', out, scores, tensors, normalizer)
     return out
 
 
-def carafe_grad_weights(grad, features, weights, normalizer):
-    """See :func:`mmcarafe.ops.reference.grad_weights`."""
+def reassemble_grad_weights(grad, features, scores, normalizer):
+    """See :func:`mmcarafe.ops.reference.reassemble_grad_weights`."""
     if _takes_reference(features):
-        return reference.grad_weights(grad, features, weights, normalizer)
-    out = torch.empty_like(weights)
-    tensors = (grad, features, weights, out)
-    _run('carafe_grad_weights', features, weights, tensors, normalizer)
+        return reference.reassemble_grad_weights(
+            grad, features, scores, normalizer
+        )
+    out = torch.empty_like(scores)
+    tensors = (grad, features, scores, out)
+    _run('reassemble_grad_weights', features, scores, tensors, normalizer)
     return out
 
 
-def _run(name, features, weights, tensors, normalizer):
-    if weights.numel() == 0:
+def _run(name, features, scores, tensors, normalizer):
+    if normalizer not in reference.NORMALIZERS:
+        raise reference.unknown_normalizer(normalizer)
+    if scores.numel() == 0:
         return
     problem = Problem(
         name,
         normalizer,
-        weights.device,
-        weights.dtype,
+        scores.device,
+        scores.dtype,
         View(features.shape, features.stride()),
-        View(weights.shape, weights.stride()),
+        View(scores.shape, scores.stride()),
         tuple(View(x.shape, x.stride()) for x in tensors),
     )
 
@@ -203,7 +213,7 @@ def _run(name, features, weights, tensors, normalizer):
 
     # On the tensors' own device and current stream; a no-op for the CPU
     # tensors of Triton's interpreter.
-    with torch.cuda.device_of(weights):
+    with torch.cuda.device_of(scores):
         launch(_choose(problem, launch))
 
 
@@ -230,11 +240,11 @@ def _choose(problem, launch):
 def _configs(problem):
     """The candidates, and what problems share the fastest of them."""
     kind = 'fp32' if problem.dtype == torch.float32 else '16 bit'
-    if problem.name == 'carafe':
+    if problem.name == 'reassemble':
         kind = f'{kind} {problem.layout}'
     candidates = _CANDIDATES[problem.name, kind]
     configs = [c for c in candidates if _fits(problem, c)]
-    n, *sizes, _, height, width = problem.weights.shape
+    n, *sizes, _, height, width = problem.scores.shape
     return configs or [_FALLBACK[problem.name]], (
         *problem[:4],
         problem.layout,
@@ -273,17 +283,20 @@ def _fits(problem, config):
         return True
     tile = _tile(problem, config)
     written = config.block_h * config.block_w
-    gathers = problem.name == 'carafe_grad_features'
-    weights_of = tile['P'] if gathers else written
+    gathers = problem.name == 'reassemble_grad_features'
+    weights_of = tile['PATCH'] if gathers else written
     return (
         tile['TAPS'] * weights_of <= 4096 * config.num_warps
-        and tile['P'] * written <= 4096 * config.num_warps
+        and tile['PATCH'] * written <= 4096 * config.num_warps
     )
 
 
 def _tile(problem, config):
-    """Compile-time sizes of the tile and of the patch that it reads."""
-    taps, scale = problem.weights.shape[2:4]
+    """Compile-time sizes of the tile and of the patch that it reads.
+
+    PATCH pixels are a power of two: those of the patch, and padding.
+    """
+    taps, scale = problem.scores.shape[2:4]
     k = math.isqrt(taps)
     tile = {'K': k, 'S': scale, 'BLOCK_W': config.block_w}
     if not config.banded:
@@ -293,17 +306,17 @@ def _tile(problem, config):
         return tile
     tile.update(BLOCK_H=config.block_h, TAPS=_power_of_2(taps))
     tile['ALIGN'] = _alignment(problem.tensors)
-    if problem.name == 'carafe_grad_features':
+    if problem.name == 'reassemble_grad_features':
         patch = (config.block_h + k - 1) * (config.block_w + k - 1) * scale**2
-        tile['P'] = min(_power_of_2(patch), max(16, 8192 // tile['TAPS']))
-        tile['PARTS'] = -(-patch // tile['P'])
+        tile['PATCH'] = min(_power_of_2(patch), max(16, 8192 // tile['TAPS']))
+        tile['PARTS'] = -(-patch // tile['PATCH'])
         return tile
     patch = [
         _rows_touched(block, scale) + k - 1
         for block in (config.block_h, config.block_w)
     ]
     tile.update(PATCH_H=patch[0], PATCH_W=patch[1])
-    tile['P'] = _power_of_2(patch[0] * patch[1])
+    tile['PATCH'] = _power_of_2(patch[0] * patch[1])
     return tile
 
 
@@ -312,7 +325,7 @@ def _plan(problem, config):
     """Kernel, grid, arguments behind the tensors, and compile-time ones."""
     from mmcarafe.ops import triton_kernels as kernels
 
-    n, groups, _, scale, _, height, width = problem.weights.shape
+    n, groups, _, scale, _, height, width = problem.scores.shape
     channels = problem.features.shape[1] // groups
     tile = _tile(problem, config)
     tile['NORMALIZER'] = problem.normalizer
@@ -321,19 +334,19 @@ def _plan(problem, config):
     tile['BLOCK_C'] = max(16, min(config.block_c, _power_of_2(channels)))
 
     rows, columns = height, width
-    if config.banded and problem.name != 'carafe_grad_features':
+    if config.banded and problem.name != 'reassemble_grad_features':
         rows, columns = scale * height, scale * width
     if config.banded:
-        kernel = kernels.KERNELS[problem.name]
+        kernel = getattr(kernels, f'{problem.name}_banded')
         programs = -(-rows // config.block_h) * -(-columns // config.block_w)
     else:
-        kernel = kernels.KERNELS['carafe_plain']
+        kernel = kernels.reassemble_plain
         programs = -(-rows * columns // config.block_w)
         programs *= scale**2 // tile['SUBPIXELS']
     programs *= n * groups
     arguments = [view.stride for view in problem.tensors]
     arguments += [channels, height, width, groups]
-    if problem.name != 'carafe_grad_weights':
+    if problem.name != 'reassemble_grad_weights':
         # Few tiles: share their channels out, so that all multiprocessors
         # work, though each program then normalises the same weights.
         blocks = -(-channels // tile['BLOCK_C'])
@@ -413,7 +426,3 @@ def _why_not_on(device):
             'the kernels are compiled for'.format(*capability, *_CAPABILITY)
         )
     return None
-
-
-for _kernel in (carafe, carafe_grad_features, carafe_grad_weights):
-    _LIBRARY.impl(_kernel.__name__, _kernel, 'CUDA')

@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=['H', 'W', 'BLOCKS'])
-def _reassemble_kernel(
+def reassemble_plain(
     x_ptr,
     w_ptr,
     y_ptr,
@@ -138,11 +138,11 @@ def _reassemble_kernel(
 # In the kernels below all weights of a tile form one matrix: it is zero
 # outside a band, because an output pixel reads K*K of the tile's source pixels
 # only, and dense products are what the tensor cores do. ``M`` counts the
-# pixels written, ``P`` (a power of two) the pixels read.
+# pixels written, ``PATCH`` (a power of two) the pixels read.
 
 
 @triton.jit(do_not_specialize=['H', 'W', 'BLOCKS'])
-def _reassemble_banded_kernel(
+def reassemble_banded(
     x_ptr,
     w_ptr,
     y_ptr,
@@ -165,9 +165,12 @@ def _reassemble_banded_kernel(
     BLOCK_W: tl.constexpr,
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
-    P: tl.constexpr,
+    PATCH: tl.constexpr,
 ):
-    """Write BLOCK_H x BLOCK_W output pixels: y [C, M] = x [C, P] @ band."""
+    """Write BLOCK_H x BLOCK_W output pixels.
+
+    y [C, M] = x [C, PATCH] @ band [PATCH, M].
+    """
     M: tl.constexpr = BLOCK_H * BLOCK_W
     W = W // ALIGN * ALIGN  # unchanged: shows the compiler whole vectors
     x_c, x_h = xs[1] // ALIGN * ALIGN, xs[2] // ALIGN * ALIGN
@@ -185,16 +188,18 @@ def _reassemble_banded_kernel(
     oy, ox = block_h * BLOCK_H + m // BLOCK_W, block_w * BLOCK_W + m % BLOCK_W
     written = (oy < S * H) & (ox < S * W)  # [M]
     h0, w0 = block_h * BLOCK_H // S, _source(block_w, BLOCK_W, S)
-    p = tl.arange(0, P).to(INDEX)
+    p = tl.arange(0, PATCH).to(INDEX)
     h, w = h0 - K // 2 + p // PATCH_W, w0 - K // 2 + p % PATCH_W
     read = (p < PATCH_H * PATCH_W) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
     logits = _load_logits(w_ptr, ws, oy, ox, written, K, S, INDEX, TAPS)
     weights = _normalize(logits, K, NORMALIZER, TAPS)  # [TAPS, M]
     at_h, at_w = _source_in_patch(block_h, block_w, S, BLOCK_H, BLOCK_W)
-    ky = (tl.arange(0, P) // PATCH_W)[:, None] - at_h[None, :]  # [P, M]
-    kx = (tl.arange(0, P) % PATCH_W)[:, None] - at_w[None, :]
-    band, rest = _halves(_pick(weights, ky, kx, K, TAPS), x_ptr)  # [P, M]
+    ky = (tl.arange(0, PATCH) // PATCH_W)[:, None] - at_h[
+        None, :
+    ]  # [PATCH, M]
+    kx = (tl.arange(0, PATCH) % PATCH_W)[:, None] - at_w[None, :]
+    band, rest = _halves(_pick(weights, ky, kx, K, TAPS), x_ptr)  # [PATCH, M]
 
     x_offset = h * x_h + w * xs[3]
     y_offset = oy * y_h + ox * ys[3]
@@ -204,7 +209,7 @@ def _reassemble_banded_kernel(
             x_ptr + c[:, None] * x_c + x_offset[None, :],
             (c < C)[:, None] & read[None, :],
             other=0,
-        )  # [BLOCK_C, P]
+        )  # [BLOCK_C, PATCH]
         y = tl.zeros((BLOCK_C, M), tl.float32)
         y = _dot(x, band, rest, y, NORMALIZER)
         tl.store(
@@ -215,7 +220,7 @@ def _reassemble_banded_kernel(
 
 
 @triton.jit(do_not_specialize=['H', 'W', 'BLOCKS'])
-def _grad_features_kernel(
+def reassemble_grad_features_banded(
     y_ptr,
     w_ptr,
     x_ptr,
@@ -236,13 +241,13 @@ def _grad_features_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    P: tl.constexpr,
+    PATCH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Write BLOCK_H x BLOCK_W source pixels: x [C, M] = y [C, P] @ band.
+    """Write BLOCK_H x BLOCK_W source pixels: x [C, M] = y [C, PATCH] @ band.
 
     The patch of output pixels that read a source pixel grows with S*S, so it
-    is taken in PARTS of P pixels.
+    is taken in PARTS of PATCH pixels.
     """
     M: tl.constexpr = BLOCK_H * BLOCK_W
     W = W // ALIGN * ALIGN  # unchanged: shows the compiler whole vectors
@@ -263,7 +268,7 @@ def _grad_features_kernel(
     if PARTS == 1:
         band, y_offset, read = _grad_features_band(
             w_ptr, ws, y_h, ys[3], block_h, block_w, 0, H, W,
-            K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, P,
+            K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, PATCH,
         )  # fmt: skip
         band, rest = _halves(band, y_ptr)
     for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
@@ -274,14 +279,14 @@ def _grad_features_kernel(
             if PARTS > 1:
                 band, y_offset, read = _grad_features_band(
                     w_ptr, ws, y_h, ys[3], block_h, block_w, part, H, W,
-                    K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, P,
+                    K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, PATCH,
                 )  # fmt: skip
                 band, rest = _halves(band, y_ptr)
             y = tl.load(
                 y_tile + y_offset[None, :],
                 (c < C)[:, None] & read[None, :],
                 other=0,
-            )  # [BLOCK_C, P]
+            )  # [BLOCK_C, PATCH]
             x = _dot(y, band, rest, x, NORMALIZER)
         tl.store(
             x_ptr + c[:, None] * x_c + (h * x_h + w * xs[3])[None, :],
@@ -308,30 +313,30 @@ def _grad_features_band(
     TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    P: tl.constexpr,
+    PATCH: tl.constexpr,
 ):
-    """Band [P, M] of one part, and where its P output pixels lie."""
+    """Band [PATCH, M] of one part, and where its PATCH output pixels lie."""
     M: tl.constexpr = BLOCK_H * BLOCK_W
     PATCH_H: tl.constexpr = (BLOCK_H + K - 1) * S
     PATCH_W: tl.constexpr = (BLOCK_W + K - 1) * S
-    p = part * P + tl.arange(0, P).to(INDEX)
+    p = part * PATCH + tl.arange(0, PATCH).to(INDEX)
     oy = (block_h * BLOCK_H - K // 2) * S + p // PATCH_W
     ox = (block_w * BLOCK_W - K // 2) * S + p % PATCH_W
     read = (p < PATCH_H * PATCH_W) & (oy >= 0) & (oy < S * H)
-    read &= (ox >= 0) & (ox < S * W)  # [P]
+    read &= (ox >= 0) & (ox < S * W)  # [PATCH]
 
     logits = _load_logits(w_ptr, ws, oy, ox, read, K, S, INDEX, TAPS)
-    weights = _normalize(logits, K, NORMALIZER, TAPS)  # [TAPS, P]
+    weights = _normalize(logits, K, NORMALIZER, TAPS)  # [TAPS, PATCH]
     m = tl.arange(0, M)
-    at = part * P + tl.arange(0, P)
+    at = part * PATCH + tl.arange(0, PATCH)
     ky = (m // BLOCK_W + K - 1)[:, None] - (at // PATCH_W // S)[None, :]
     kx = (m % BLOCK_W + K - 1)[:, None] - (at % PATCH_W // S)[None, :]
-    band = tl.trans(_pick(weights, ky, kx, K, TAPS))  # [P, M]
+    band = tl.trans(_pick(weights, ky, kx, K, TAPS))  # [PATCH, M]
     return band, oy * y_h + ox * y_w, read
 
 
 @triton.jit(do_not_specialize=['H', 'W'])
-def _grad_weights_kernel(
+def reassemble_grad_weights_banded(
     y_ptr,
     x_ptr,
     w_ptr,
@@ -355,11 +360,12 @@ def _grad_weights_kernel(
     BLOCK_W: tl.constexpr,
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
-    P: tl.constexpr,
+    PATCH: tl.constexpr,
 ):
     """Write all taps of BLOCK_H x BLOCK_W output pixels.
 
-    band [P, M] = x [C, P]^T @ y [C, M], of which K*K entries a column matter.
+    band [PATCH, M] = x [C, PATCH]^T @ y [C, M], of which K*K entries a
+    column matter.
     """
     M: tl.constexpr = BLOCK_H * BLOCK_W
     W = W // ALIGN * ALIGN  # unchanged: shows the compiler whole vectors
@@ -377,20 +383,20 @@ def _grad_weights_kernel(
     oy, ox = block_h * BLOCK_H + m // BLOCK_W, block_w * BLOCK_W + m % BLOCK_W
     written = (oy < S * H) & (ox < S * W)  # [M]
     h0, w0 = block_h * BLOCK_H // S, _source(block_w, BLOCK_W, S)
-    p = tl.arange(0, P).to(INDEX)
+    p = tl.arange(0, PATCH).to(INDEX)
     h, w = h0 - K // 2 + p // PATCH_W, w0 - K // 2 + p % PATCH_W
     read = (p < PATCH_H * PATCH_W) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
     x_offset = h * x_h + w * xs[3]
     y_offset = oy * y_h + ox * ys[3]
-    band = tl.zeros((P, M), tl.float32)
+    band = tl.zeros((PATCH, M), tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C).to(INDEX)
         x = tl.load(
             x_ptr + c[:, None] * x_c + x_offset[None, :],
             (c < C)[:, None] & read[None, :],
             other=0,
-        )  # [BLOCK_C, P]
+        )  # [BLOCK_C, PATCH]
         y = tl.load(
             y_ptr + c[:, None] * y_c + y_offset[None, :],
             (c < C)[:, None] & written[None, :],
@@ -515,12 +521,14 @@ def _normalize(
     real = (tl.arange(0, TAPS) < K * K)[:, None]
     if NORMALIZER == 'sigmoid':
         logits = tl.where(real, tl.sigmoid(logits), 0)
-    elif NORMALIZER is not None:
+    elif NORMALIZER == 'softmax' or NORMALIZER == 'sigmoid_normalized':
         if NORMALIZER == 'sigmoid_normalized':
             logits = _log_sigmoid(logits)
         logits = tl.where(real, logits, float('-inf'))
         logits = tl.exp(logits - tl.max(logits, 0)[None, :])
         logits = logits / tl.sum(logits, 0)[None, :]
+    else:
+        tl.static_assert(NORMALIZER is None, 'unknown normalizer')
     return logits
 
 
@@ -539,6 +547,8 @@ def _normalize_backward(
     grad = weights * (grad - tl.sum(weights * grad, 0)[None, :])
     if NORMALIZER == 'sigmoid_normalized':
         grad *= tl.sigmoid(-logits)
+    else:
+        tl.static_assert(NORMALIZER == 'softmax', 'unknown normalizer')
     return grad
 
 
@@ -590,15 +600,8 @@ def _unscaled(logit, peak, NORMALIZER: tl.constexpr):
         return tl.exp(_log_sigmoid(logit) - peak)
     if NORMALIZER == 'sigmoid':
         return tl.sigmoid(logit)
+    tl.static_assert(NORMALIZER is None, 'unknown normalizer')
     return logit
-
-
-KERNELS = {
-    'carafe': _reassemble_banded_kernel,
-    'carafe_plain': _reassemble_kernel,
-    'carafe_grad_features': _grad_features_kernel,
-    'carafe_grad_weights': _grad_weights_kernel,
-}
 
 
 def index_dtype(wide):

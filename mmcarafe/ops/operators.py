@@ -1,0 +1,198 @@
+"""The three operators that torch knows, and who answers for each device.
+
+``torch.ops.mmcarafe.reassemble``, ``reassemble_grad_features`` and
+``reassemble_grad_weights`` take ``scores (Tensor[N, G, K*K, S, S, H, W])``,
+which is a view, never a copy, of both masks and logits; K, G and S are read
+off its shape. Letters are those of :mod:`mmcarafe.ops.carafe`, whose public
+functions check all arguments: nothing is checked here.
+
+Without a normaliser all three are linear in each argument and are each
+other's derivatives, so gradients of any order exist.
+"""
+
+import math
+
+import torch
+from torch.utils import flop_counter
+
+from mmcarafe.ops import cpu, reference, triton
+
+_OPS = torch.ops.mmcarafe
+
+
+class _Meta:
+    """Shapes, dtypes and strides alone, for meta and fake tensors."""
+
+    @staticmethod
+    def reassemble(features, scores, normalizer):
+        return reference.empty_map(
+            features, features.shape[1], scores.shape[3]
+        )
+
+    @staticmethod
+    def reassemble_grad_features(grad, scores, normalizer):
+        return reference.empty_map(grad, grad.shape[1], 1, scores.shape[-2:])
+
+    @staticmethod
+    def reassemble_grad_weights(grad, features, scores, normalizer):
+        return torch.empty_like(scores)
+
+
+class _Reassemble(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, scores, normalizer):
+        ctx.save_for_backward(features, scores)
+        ctx.normalizer = normalizer
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.reassemble(features, scores, normalizer)
+
+    @staticmethod
+    def backward(ctx, grad):
+        features, scores = ctx.saved_tensors
+        to_features, to_scores, _ = ctx.needs_input_grad
+        return (
+            _OPS.reassemble_grad_features(grad, scores, ctx.normalizer)
+            if to_features
+            else None,
+            _OPS.reassemble_grad_weights(
+                grad, features, scores, ctx.normalizer
+            )
+            if to_scores
+            else None,
+            None,
+        )
+
+
+class _LinearGradFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, weights):
+        ctx.save_for_backward(grad, weights)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.reassemble_grad_features(grad, weights, None)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        grad, weights = ctx.saved_tensors
+        return (
+            _OPS.reassemble(grad_out, weights, None),
+            _OPS.reassemble_grad_weights(grad, grad_out, weights, None),
+        )
+
+
+class _LinearGradWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, features, weights):
+        ctx.save_for_backward(grad, features)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.reassemble_grad_weights(grad, features, weights, None)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        grad, features = ctx.saved_tensors
+        return (
+            _OPS.reassemble(features, grad_out, None),
+            _OPS.reassemble_grad_features(grad, grad_out, None),
+            None,
+        )
+
+
+class _Autograd:
+    """A second derivative goes through the normaliser in plain PyTorch.
+
+    So the operators need derivatives of their linear form only.
+    """
+
+    reassemble = _Reassemble.apply
+
+    @staticmethod
+    def reassemble_grad_features(grad, scores, normalizer):
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return _OPS.reassemble_grad_features(grad, scores, normalizer)
+        # autocast may widen what is normalised here
+        weights = reference.normalize(scores, normalizer).to(grad.dtype)
+        return _LinearGradFeatures.apply(grad, weights)
+
+    @staticmethod
+    def reassemble_grad_weights(grad, features, scores, normalizer):
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return _OPS.reassemble_grad_weights(
+                    grad, features, scores, normalizer
+                )
+        grad_weights = _LinearGradWeights.apply(grad, features, scores)
+        return reference.normalize_backward(grad_weights, scores, normalizer)
+
+
+def _autocast_to_widest(features, scores, normalizer):
+    # Sums over the window accumulate in fp32 in any case, so no input needs
+    # widening; but features and logits may come in two dtypes.
+    dtype = torch.promote_types(features.dtype, scores.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        return _OPS.reassemble(
+            features.to(dtype), scores.to(dtype), normalizer
+        )
+
+
+# What torch's FlopCounterMode counts: K*K multiply-adds, as 2 each, for each
+# value of the high map. Softmax counts nowhere.
+
+
+def _flops(features, scores, normalizer, *, out_shape=None, **kwargs):
+    return 2 * scores[2] * math.prod(out_shape)  # [N, G, K*K, S, S, H, W]
+
+
+def _flops_of_gradient(grad, *others, **kwargs):
+    scores = others[-2]  # the last but the normalizer
+    return 2 * scores[2] * math.prod(grad)
+
+
+OPERATORS = {
+    'reassemble': (
+        '(Tensor features, Tensor scores, str? normalizer) -> Tensor',
+        _flops,
+    ),
+    'reassemble_grad_features': (
+        '(Tensor grad, Tensor scores, str? normalizer) -> Tensor',
+        _flops_of_gradient,
+    ),
+    'reassemble_grad_weights': (
+        '(Tensor grad, Tensor features, Tensor scores, str? normalizer) '
+        '-> Tensor',
+        _flops_of_gradient,
+    ),
+}
+
+# Dispatch key -> who answers, with functions that have the operators' names.
+# To add a device, write such a file and add its row.
+ANSWERS = {
+    'CompositeExplicitAutograd': reference,  # every device without a row
+    'CPU': cpu.LIBRARY or reference,
+    'CUDA': triton,  # ROCm too
+    'Meta': _Meta,
+    'Autograd': _Autograd,
+}
+AUTOCAST_DEVICES = {'cpu': 'AutocastCPU', 'cuda': 'AutocastCUDA'}
+
+_LIBRARY = torch.library.Library('mmcarafe', 'DEF')
+for _name, (_schema, _count) in OPERATORS.items():
+    _LIBRARY.define(_name + _schema)
+    for _key, _answers in ANSWERS.items():
+        _LIBRARY.impl(_name, getattr(_answers, _name), _key)
+    if hasattr(flop_counter, 'register_flop_formula'):
+        flop_counter.register_flop_formula(getattr(_OPS, _name))(_count)
+    else:  # torch 2.1
+        flop_counter.flop_mapping[getattr(_OPS, _name)] = _count
+for _key in AUTOCAST_DEVICES.values():
+    _LIBRARY.impl('reassemble', _autocast_to_widest, _key)
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device that has a rule for it here."""
+    if device_type not in AUTOCAST_DEVICES:
+        return False
+    if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
+        return torch.is_autocast_enabled(device_type)
+    if device_type == 'cpu':
+        return torch.is_autocast_cpu_enabled()
+    return torch.is_autocast_enabled()

@@ -1,7 +1,7 @@
 """Loading checkpoints without executing them.
 
-A checkpoint is a pickle, and a pickle may call any function. Once this module
-is imported, every checkpoint that mmengine loads, from a file or a URL, for
+A checkpoint is a pickle, and a pickle may call any function. After
+:func:`enable`, every checkpoint that mmengine loads, from a file or a URL, for
 ``Runner.resume``, ``load_from``, ``init_cfg`` or inference, is loaded as by
 ``torch.load(weights_only=True)``, on every torch. Beyond torch's own list of
 harmless names only those pass that mmengine's runner writes: its histories of
@@ -91,14 +91,6 @@ class OldTorchUnpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
 
-if digit_version(torch.__version__) >= digit_version('2.6'):
-    torch.serialization.add_safe_globals(
-        [(value, path) for path, value in {**ALLOWED, **DTYPES}.items()]
-    )
-else:
-    torch_unpickler.Unpickler = OldTorchUnpickler
-
-
 @contextmanager
 def _weights_only():
     """Let torch.load read no more than weights, whatever its caller says.
@@ -144,7 +136,33 @@ def _reason(error):
     return f'is it damaged, or no checkpoint? ({text.strip()})'
 
 
-CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
+_FROM_2_6 = digit_version(torch.__version__) >= digit_version('2.6')
+_own_unpickler = torch_unpickler.Unpickler
 # onedl-mmengine brings a list of its own, with getattr of anything.
-if hasattr(mmengine_checkpoint, 'get_torch_safe_globals'):
-    mmengine_checkpoint.get_torch_safe_globals = list
+_own_safe_globals = getattr(
+    mmengine_checkpoint, 'get_torch_safe_globals', None
+)
+
+
+def enable() -> None:
+    """Load as data only, from now on; ``mmcarafe.models`` calls this."""
+    CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
+    if _FROM_2_6:
+        torch.serialization.add_safe_globals(
+            [(value, path) for path, value in {**ALLOWED, **DTYPES}.items()]
+        )
+    else:
+        torch_unpickler.Unpickler = OldTorchUnpickler
+    if _own_safe_globals:
+        mmengine_checkpoint.get_torch_safe_globals = list
+
+
+def disable() -> None:
+    """Let mmengine load checkpoints in its own way again.
+
+    Beyond that, torch goes on to take the names above for harmless.
+    """
+    CheckpointLoader.load_checkpoint = staticmethod(_load_checkpoint)
+    torch_unpickler.Unpickler = _own_unpickler
+    if _own_safe_globals:
+        mmengine_checkpoint.get_torch_safe_globals = _own_safe_globals

@@ -53,6 +53,7 @@ def make_runner(work_dir, max_epochs=2, **kwargs):
 @pytest.fixture(params=['this torch', 'torch < 2.6'], autouse=True)
 def unpickler(request, monkeypatch):
     """Both ways of allowing our names, whichever torch is installed."""
+    checkpoint.enable()
     if request.param == 'torch < 2.6':
         monkeypatch.setattr(
             torch_unpickler, 'Unpickler', checkpoint.OldTorchUnpickler
@@ -261,3 +262,17 @@ def test_files_from_the_web_are_not_executed(tmp_path, monkeypatch):
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_it_can_be_undone(tmp_path):
+    path = str(tmp_path / 'checkpoint.pth')
+    torch.save({'state_dict': {}, 'more': Call(os.getpid)}, path)
+    checkpoint.disable()
+    try:
+        with pytest.raises(Exception) as error:
+            load_checkpoint(Model(), path, map_location='cpu')
+        assert 'cannot load the checkpoint' not in str(error.value)
+    finally:
+        checkpoint.enable()
+    with pytest.raises(RuntimeError, match='cannot load the checkpoint'):
+        load_checkpoint(Model(), path, map_location='cpu')

@@ -4,7 +4,7 @@ import torch
 pytest.importorskip('mmdet', reason='the neck is a subclass of mmdet FPN')
 from mmdet.models.necks import FPN  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402
-from test_upsample import UPSAMPLERS  # noqa: E402
+from test_upsamplers import UPSAMPLERS  # noqa: E402
 
 from mmcarafe import CARAFEFPN  # noqa: E402
 
@@ -129,3 +129,10 @@ def test_bad_input():
         CARAFEFPN(CHANNELS, 8, 4, upsample_cfg=dict(mode='nearest'))
     with pytest.raises(ValueError, match='inputs has 3 levels, expected 4'):
         CARAFEFPN(CHANNELS, 8, 4)(maps(8, 8)[:3])
+    message = (
+        r'inputs\[1\] has 6 channels, expected 7, as in_channels = \[4, 7'
+    )
+    with pytest.raises(ValueError, match=message):
+        CARAFEFPN([4, 7, 8, 10], 8, 4)(maps(8, 8))
+    with pytest.raises(TypeError, match='out_channels is a str, expected an'):
+        CARAFEFPN(CHANNELS, '8', 4)

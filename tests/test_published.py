@@ -18,7 +18,8 @@ from torch.testing import assert_close
 mmdet = pytest.importorskip('mmdet')
 pytest.importorskip('mmcv._ext', reason='the drop-in patches mmcv.ops')
 
-import mmcarafe.checkpoint  # noqa: E402,F401  (weights only)
+
+from mmcarafe import checkpoint  # noqa: E402
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim/configs/carafe'
 NAMES = [
@@ -32,6 +33,7 @@ def enabled():
     from mmcarafe import drop_in
 
     drop_in.enable()
+    checkpoint.enable()
 
 
 def config(name):

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from mmengine.config import Config
 
-import mmcarafe.checkpoint  # noqa: F401  (weights only, on every torch)
+from mmcarafe import checkpoint
 
 pytest.importorskip('mmseg')
 from mmseg.apis import (  # noqa: E402
@@ -34,6 +34,9 @@ ADE20K = 'configs/upernet/upernet-carafe_r50_4xb4-80k_ade20k-512x512.py'
 SEGMENTOR = 'configs/shapes/upernet-carafe_r18_shapes.py'
 BASELINE = 'configs/shapes/upernet_r18_shapes.py'
 DETECTOR = 'configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
+
+
+checkpoint.enable()  # for mmseg's own functions, on every torch
 
 
 def execute(*command):

@@ -212,27 +212,66 @@ def test_channels_that_are_not_known():
     assert model[1].channels == 8
 
 
-def test_in_a_config():
-    """The module's own upsample_cfg, as the base config has it, may stay."""
+@pytest.mark.parametrize(
+    'upsample_cfg, kernel_size',
+    [
+        # the module's own, as the base config has it
+        (dict(scale_factor=2, mode='nearest'), 5),
+        (dict(type='mmcarafe.CARAFE', up_kernel=3), 3),
+        ('mmcarafe.CARAFE', 5),
+    ],
+    ids=str,
+)
+def test_in_a_config(upsample_cfg, kernel_size):
     neck = yolox(
         type='mmcarafe.swap_upsample',
         of='YOLOXPAFPN',
-        upsample_cfg=dict(scale_factor=2, mode='nearest'),
-        upsampler=CARAFE_CFG,
+        upsample_cfg=upsample_cfg,
     )
-    assert {m.channels for m in neck.modules() if isinstance(m, CARAFE)} == {
-        8,
-        16,
-    }
+    new = [m for m in neck.modules() if isinstance(m, CARAFE)]
+    assert {m.channels for m in new} == {8, 16}
+    assert {m.up_kernel for m in new} == {kernel_size}
 
 
-def test_in_a_config_upsample_cfg_is_the_modules_own():
-    with pytest.raises(ValueError, match='is called upsampler in a config'):
-        yolox(
-            type='mmcarafe.swap_upsample',
-            of='YOLOXPAFPN',
-            upsample_cfg=CARAFE_CFG,
+def test_in_a_config_that_merges_into_the_modules_own():
+    cfg = dict(mode='nearest', type='mmcarafe.CARAFE')
+    with pytest.raises(ValueError, match=r'upsample_cfg=dict\(_delete_=True'):
+        yolox(type='mmcarafe.swap_upsample', of='YOLOXPAFPN', upsample_cfg=cfg)
+
+
+@pytest.mark.parametrize(
+    'upsample_cfg',
+    [
+        dict(type='deconv', scale_factor=2),
+        dict(type='bilinear', scale_factor=2),
+    ],
+    ids=str,
+)
+def test_mask_head(upsample_cfg):
+    """Step by step; the deconvolution's ReLU goes with it."""
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+
+    def build():
+        return FCNMaskHead(
+            num_convs=2,
+            in_channels=6,
+            conv_out_channels=8,
+            num_classes=3,
+            upsample_cfg=upsample_cfg,
         )
+
+    plain, head = build(), swap_upsample(build(), 'mmcarafe.CARAFE')
+    missing, unexpected = head.load_state_dict(
+        plain.state_dict(), strict=False
+    )
+    assert all(name.startswith('upsample.') for name in missing + unexpected)
+    head.init_weights()
+    assert 0.0009 < head.upsample.content_encoder.weight.std() < 0.0011
+    x = torch.randn(2, 6, 7, 7)
+    convolved = head.convs[1](head.convs[0](x))
+    expected = head.conv_logits(head.upsample(convolved))
+    assert torch.equal(head(x), expected)
+    assert expected.shape == (2, 3, 14, 14)
 
 
 def test_the_backbone_stays():
@@ -290,7 +329,7 @@ def test_what_is_unknown(of):
     with pytest.raises(
         ValueError,
         match=f'{of} holds no upsampling .* mmdet.YOLOXPAFPN.* write a '
-        'subclass that calls mmcarafe.models.upsample.build_upsampler',
+        'subclass that calls mmcarafe.build_upsampler',
     ):
         swap_upsample(build('mmdet', type=of, **cfg))
 

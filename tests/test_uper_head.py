@@ -222,13 +222,13 @@ def test_built_by_prefix_from_mmseg():
 @pytest.mark.parametrize(
     'cfg, error',
     [
-        ('mmcarafe.CARAFE', TypeError),
+        (['mmcarafe.CARAFE'], TypeError),
         (dict(up_kernel=5), ValueError),
         (dict(type='mmcarafe.CARAFFE'), ValueError),
         (dict(type='mmcarafe.CARAFE', up_kernel=4), ValueError),
         (dict(type='mmcarafe.CARAFE', kernel=5), ValueError),
     ],
-    ids=['string', 'no type', 'unknown type', 'even kernel', 'typo'],
+    ids=['list', 'no type', 'unknown type', 'even kernel', 'typo'],
 )
 def test_bad_config_is_named(place, cfg, error):
     name = f'{place}_upsample_cfg'

@@ -20,8 +20,10 @@ from mmengine.registry import DATASETS, MODELS, RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import import_modules_from_strings
 
-import mmcarafe.checkpoint  # noqa: F401  (weights only, from here on)
 import mmcarafe.registry  # noqa: F401  (so that mmseg:: is found)
+from mmcarafe import checkpoint
+
+checkpoint.enable()
 
 CFG_OPTIONS = dict(
     nargs='+',

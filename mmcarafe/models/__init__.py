@@ -1,15 +1,17 @@
-# So that a checkpoint of these models loads wherever mmengine loads one, and
-# that their operations are counted.
-import mmcarafe.checkpoint  # noqa: F401
-import mmcarafe.flops  # noqa: F401
-from mmcarafe.models.swap import swap_upsample
-from mmcarafe.models.upsample import CARAFE
-from mmcarafe.registry import HAS_MMDET, HAS_MMSEG
+"""What mmengine's registry finds under the prefix ``mmcarafe.``"""
 
-__all__ = ['CARAFE', 'swap_upsample']
+from mmcarafe import checkpoint, flops
+from mmcarafe.models.swap import swap_upsample
+from mmcarafe.registry import HAS_MMDET, HAS_MMSEG, MODELS
+from mmcarafe.upsamplers import CARAFE, DynamicFilter
+
+__all__ = ['CARAFE', 'DynamicFilter', 'swap_upsample']
+
+MODELS.register_module(module=CARAFE)
+MODELS.register_module(module=DynamicFilter)
 
 # The necks are subclasses of mmdet's and the head one of mmseg's. Without
-# them, or without what mmseg imports and does not require, the module works.
+# them, or without what mmseg imports and does not require, the rest works.
 if HAS_MMDET:
     from mmcarafe.models.fpn import CARAFEFPN, CARAFEPAFPN
 
@@ -18,3 +20,8 @@ if HAS_MMSEG:
     from mmcarafe.models.uper_head import CARAFEUPerHead
 
     __all__ += ['CARAFEUPerHead']
+
+# mmengine loads checkpoints of these models as data only, and counts their
+# operations.
+checkpoint.enable()
+flops.enable()

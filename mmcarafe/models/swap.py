@@ -6,9 +6,9 @@ from mmengine.logging import print_log
 from mmengine.model import ModuleDict
 from torch import nn
 
-from mmcarafe.models.top_down import TopDown, build_upsamplers
-from mmcarafe.models.upsample import CARAFE, UPSAMPLE_CFG, build_upsampler
+from mmcarafe.models import fpn
 from mmcarafe.registry import HAS_MMDET, HAS_MMSEG, MODELS
+from mmcarafe.upsamplers import CARAFE, UPSAMPLE_CFG, build_upsampler
 
 
 def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
@@ -20,6 +20,8 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
       upsample as :class:`mmcarafe.CARAFEFPN` does;
     - mmdet's ``YOLOXPAFPN`` and ``CSPNeXtPAFPN``, with one upsampler for each
       number of channels; image sizes stay multiples of their strides;
+    - mmdet's ``FCNMaskHead``, where a deconvolution and the ReLU behind it, or
+      an interpolation, was;
     - ``nn.Upsample`` and mmseg's ``Upsample`` by a whole number, behind a
       convolution in the same ``nn.Sequential``, as in ``FPNHead``; between
       the two there may be layers that PyTorch knows to keep the channels.
@@ -34,7 +36,7 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
     Args:
         model (nn.Module): a whole model or one of its modules.
         upsample_cfg (dict): see
-            :func:`mmcarafe.models.upsample.build_upsampler`. The output has
+            :func:`mmcarafe.build_upsampler`. The output has
             as many channels as the input.
 
     Returns:
@@ -75,7 +77,7 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
             f'{known} (not their subclasses), and '
             'upsampling layers behind a convolution in an nn.Sequential. For '
             'a class that interpolates in its own forward, write a subclass '
-            'that calls mmcarafe.models.upsample.build_upsampler there, as '
+            'that calls mmcarafe.build_upsampler there, as '
             'mmcarafe/models/fpn.py does. UPerHead has one: '
             "type='mmcarafe.CARAFEUPerHead'."
         )
@@ -90,7 +92,7 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
 
 
 @MODELS.register_module(name='swap_upsample')
-def build_swapped(of, upsampler=UPSAMPLE_CFG, **kwargs):
+def build_swapped(of, upsample_cfg=UPSAMPLE_CFG, **kwargs):
     """Build a module of a config and replace its interpolation.
 
     In a config that inherits the rest of the neck or head::
@@ -99,20 +101,15 @@ def build_swapped(of, upsampler=UPSAMPLE_CFG, **kwargs):
 
     Args:
         of (str): what ``type`` would be without this.
-        upsampler (dict): ``upsample_cfg`` of :func:`swap_upsample`; some
-            modules have an ``upsample_cfg`` of their own.
+        upsample_cfg (dict | str): see :func:`swap_upsample`. Without a type it
+            is the module's own, such as the ``dict(mode='nearest')`` of
+            mmdet's FPN, and CARAFE replaces it.
         **kwargs: arguments of the module.
-
-    Raises:
-        ValueError: ``upsample_cfg`` has a type, as only ``upsampler`` may.
     """
-    if 'type' in (kwargs.get('upsample_cfg') or {}):
-        raise ValueError(
-            f'upsample_cfg is {dict(kwargs["upsample_cfg"])}, expected the '
-            f"{of}'s own, which has no type; that of swap_upsample is called "
-            'upsampler in a config'
-        )
-    return swap_upsample(MODELS.build(dict(type=of, **kwargs)), upsampler)
+    if isinstance(upsample_cfg, dict) and {*upsample_cfg} <= _INTERPOLATION:
+        kwargs['upsample_cfg'] = upsample_cfg
+        upsample_cfg = UPSAMPLE_CFG
+    return swap_upsample(MODELS.build(dict(type=of, **kwargs)), upsample_cfg)
 
 
 def _pass_on_init(model, name):
@@ -139,16 +136,34 @@ def _init_carafes(container):
 
 
 def _plan_top_down(cls):
-    def plan(fpn, upsample_cfg):
-        new = build_upsamplers(fpn, upsample_cfg)
+    def plan(neck, upsample_cfg):
+        new = fpn.build_upsamplers(neck, upsample_cfg)
 
         def replace(new):
-            fpn.upsample_modules = new
-            fpn.__class__ = cls  # a subclass with another forward
+            neck.upsample_modules = new
+            neck.__class__ = cls  # a subclass with another forward
 
         return [(new, replace)]
 
     return plan
+
+
+def _plan_mask_head(head, upsample_cfg):
+    if head.upsample is None:
+        return []
+    channels = head.conv_out_channels if head.num_convs else head.in_channels
+    if head.conv_logits.in_channels != channels:
+        raise ValueError(
+            f'FCNMaskHead has {channels} channels before its upsampling and '
+            f'{head.conv_logits.in_channels} behind it, expected as many'
+        )
+    new = build_upsampler(upsample_cfg, channels, head.scale_factor)
+
+    def replace(new):
+        head.upsample = new
+        head.upsample_method = 'mmcarafe'  # 'deconv' would add a ReLU
+
+    return [(new, replace)]
 
 
 def _plan_yolox(pafpn, upsample_cfg):
@@ -203,6 +218,8 @@ class ByChannels(ModuleDict):
         return self[str(int(x.shape[1]))](x)  # int: of a traced size
 
 
+# arguments of torch's interpolation
+_INTERPOLATION = {'scale_factor', 'mode', 'align_corners'}
 _PLANS = {}
 _LAYERS = (nn.Upsample,)
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -215,19 +232,16 @@ if HAS_MMDET or HAS_MMSEG:
     _CONVOLUTIONS += (ConvModule,)
 if HAS_MMDET:
     from mmdet.models import necks
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 
-    from mmcarafe.models.fpn import CARAFEFPN, CARAFEPAFPN
-
-    _PLANS[necks.FPN] = _plan_top_down(CARAFEFPN)
-    _PLANS[necks.PAFPN] = _plan_top_down(CARAFEPAFPN)
+    _PLANS[necks.FPN] = _plan_top_down(fpn.CARAFEFPN)
+    _PLANS[necks.PAFPN] = _plan_top_down(fpn.CARAFEPAFPN)
     _PLANS[necks.YOLOXPAFPN] = _plan_yolox
     _PLANS[necks.CSPNeXtPAFPN] = _plan_yolox
+    _PLANS[FCNMaskHead] = _plan_mask_head
 if HAS_MMSEG:
     from mmseg.models.necks import FPN
     from mmseg.models.utils import Upsample
 
-    class SegFPN(TopDown, FPN):
-        """mmseg's FPN after :func:`swap_upsample`."""
-
-    _PLANS[FPN] = _plan_top_down(SegFPN)
+    _PLANS[FPN] = _plan_top_down(fpn.SegFPN)
     _LAYERS += (Upsample,)

@@ -5,8 +5,9 @@ from mmengine.model import ModuleList
 from mmseg.models.decode_heads import UPerHead
 from mmseg.models.utils import resize
 
-from mmcarafe.models.upsample import UPSAMPLE_CFG, build_upsampler, fit
+from mmcarafe.models.fpn import check_levels
 from mmcarafe.registry import MODELS
+from mmcarafe.upsamplers import UPSAMPLE_CFG, build_upsampler, match_size
 
 
 @MODELS.register_module()
@@ -34,7 +35,7 @@ class CARAFEUPerHead(UPerHead):
     by 2 is one row or column larger, and its last one is cropped; where the
     next level is not about twice as large, as after a dilated backbone, the
     upsampled map is resized to it bilinearly: see
-    :func:`~mmcarafe.models.upsample.fit`.
+    :func:`~mmcarafe.upsamplers.match_size`.
 
     All parameters of ``UPerHead`` keep their names. The upsamplers are
     ``ppm_upsample_modules``, one for each pool scale, and
@@ -44,11 +45,11 @@ class CARAFEUPerHead(UPerHead):
 
     Args:
         *args: see ``UPerHead``.
-        ppm_upsample_cfg (dict, optional): config of the upsampler in PPM, see
-            :func:`~mmcarafe.models.upsample.build_upsampler`. None resizes
+        ppm_upsample_cfg (dict | str, optional): config of the upsampler in
+            PPM, see :func:`mmcarafe.build_upsampler`. None resizes
             bilinearly, as ``UPerHead`` does.
-        fpn_upsample_cfg (dict, optional): the same in FPN.
-        fuse_upsample_cfg (dict, optional): the same in FUSE.
+        fpn_upsample_cfg (dict | str, optional): the same in FPN.
+        fuse_upsample_cfg (dict | str, optional): the same in FUSE.
         **kwargs: see ``UPerHead``.
     """
 
@@ -88,24 +89,26 @@ class CARAFEUPerHead(UPerHead):
         size = x.shape[2:]
         half = [(length + 1) // 2 for length in size]
         outs = [x]
-        for pool, upsampler in zip(
-            self.psp_modules, self.ppm_upsample_modules
-        ):
+        for i, pool in enumerate(self.psp_modules):
             pooled = pool(x)
-            if upsampler is not None:
+            if self.ppm_upsample_modules is not None:
                 pooled = self._resize(pooled, half)
-            outs.append(self._upsample(pooled, size, upsampler))
+            outs.append(
+                self._upsample(pooled, size, self.ppm_upsample_modules, i)
+            )
         return self.bottleneck(torch.cat(outs, dim=1))
 
     def _forward_feature(self, inputs):
         inputs = self._transform_inputs(inputs)
+        check_levels(inputs, self.in_channels)
         levels = [conv(x) for conv, x in zip(self.lateral_convs, inputs)]
         levels.append(self.psp_forward(inputs))
         for i in reversed(range(len(self.lateral_convs))):
             levels[i] = levels[i] + self._upsample(
                 levels[i + 1],
                 levels[i].shape[2:],
-                self.fpn_upsample_modules[i],
+                self.fpn_upsample_modules,
+                i,
             )
         for i, conv in enumerate(self.fpn_convs):
             levels[i] = conv(levels[i])
@@ -113,22 +116,22 @@ class CARAFEUPerHead(UPerHead):
 
     def _fuse(self, levels):
         """Concatenate C channels of each level at the size of the finest."""
-        if isinstance(self.fuse_upsample_modules, list):  # of None
+        if self.fuse_upsample_modules is None:
             size = levels[0].shape[2:]
             levels[1:] = [self._resize(x, size) for x in levels[1:]]
             return torch.cat(levels, dim=1)
         fused = levels[-1]
         for i in reversed(range(len(self.fuse_upsample_modules))):
             fused = self._upsample(
-                fused, levels[i].shape[2:], self.fuse_upsample_modules[i]
+                fused, levels[i].shape[2:], self.fuse_upsample_modules, i
             )
             fused = torch.cat([levels[i], fused], dim=1)
         return fused
 
-    def _upsample(self, x, size, upsampler):
-        if upsampler is None:
+    def _upsample(self, x, size, upsamplers, i):
+        if upsamplers is None:
             return self._resize(x, size)
-        return fit(upsampler(x), size)
+        return match_size(upsamplers[i](x), size)
 
     def _resize(self, x, size):
         return resize(
@@ -137,8 +140,8 @@ class CARAFEUPerHead(UPerHead):
 
 
 def _build(cfg, channels, name):
-    """One upsampler for each number of channels, or None for each."""
+    """One upsampler for each number of channels; None without a config."""
     if cfg is None:
-        return [None] * len(channels)
+        return None
     # mmengine's list, unlike torch's, passes init_weights on to its members.
     return ModuleList(build_upsampler(cfg, c, name=name) for c in channels)

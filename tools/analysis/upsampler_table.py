@@ -16,20 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcarafe.models.upsample import build_upsampler
-
-# mmcv registers the simpler ones where torch has a class for them.
-import mmcv.cnn  # noqa: F401 isort: skip
-
-
-def upsamplers(channels):
-    """Names and configs of what is compared."""
-    yield 'nearest', dict(type='nearest')
-    yield 'bilinear', dict(type='bilinear')
-    yield 'deconvolution 3×3', dict(type='deconv')
-    yield 'pixel shuffle 3×3', dict(type='pixel_shuffle')
-    yield 'dynamic filter 5×5', dict(type='mmcarafe.CARAFE', up_group=channels)
-    yield 'CARAFE 5×5', dict(type='mmcarafe.CARAFE')
+from mmcarafe.upsamplers import COMPARED, build_upsampler
 
 
 def count(module, channels):
@@ -65,7 +52,7 @@ def main():
         parser.error(f'--channels is {args.channels}, expected an int >= 1')
     print('| upsampler | parameters | FLOPs | with biases |')
     print('|---|-:|-:|-:|')
-    for name, cfg in upsamplers(args.channels):
+    for name, cfg in COMPARED.items():
         with torch.device('meta'):
             module = build_upsampler(cfg, args.channels)
         numbers = count(module, args.channels)

@@ -6,8 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import mmcarafe
-from mmcarafe.models.upsample import CARAFE, build_upsampler, fit
 from mmcarafe.ops import reference
+from mmcarafe.upsamplers import (
+    CARAFE,
+    COMPARED,
+    build_upsampler,
+    match_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -124,16 +129,15 @@ def test_bad_arguments(arguments, message):
 
 # build_upsampler
 
+# With few channels; and other ways to write them.
 UPSAMPLERS = [
-    dict(type='mmcarafe.CARAFE'),
+    *COMPARED.values(),
+    'nearest',
     dict(type='CARAFE', up_kernel=3),
     dict(type=CARAFE),
-    dict(type='nearest'),
     dict(type='bilinear', align_corners=False),
-    dict(type='deconv'),
     dict(type='deconv', kernel_size=2),
     dict(type='deconv', kernel_size=4),
-    dict(type='pixel_shuffle'),
 ]
 
 
@@ -149,7 +153,7 @@ def test_builds_mmcvs_upsamplers_and_ours(cfg, scale_factor):
 @pytest.mark.parametrize(
     'cfg, message',
     [
-        ('nearest', 'upsample_cfg is a str, expected a dict'),
+        (['nearest'], 'upsample_cfg is a list, expected a dict'),
         (None, 'upsample_cfg is a NoneType, expected a dict'),
         (dict(mode='nearest'), "upsample_cfg is .*, expected a 'type'"),
         (dict(type='CARAFF'), "has type 'CARAFF', expected a registered"),
@@ -160,6 +164,44 @@ def test_builds_mmcvs_upsamplers_and_ours(cfg, scale_factor):
             "unexpected keyword argument 'kernel'",
         ),
         (dict(type='CARAFE', up_kernel=6), 'up_kernel is 6, expected an odd'),
+        ('mmcarafe.CARAFFE', "expected a registered .* did you mean 'CARAFE'"),
+        # what a child config inherits from mmdet's FPN
+        (
+            dict(type='CARAFE', mode='nearest'),
+            r"'mode'; if that was inherited .* write "
+            r'upsample_cfg=dict\(_delete_=True, type=...\)',
+        ),
+        (dict(mode='nearest'), r'upsample_cfg=dict\(_delete_=True, type'),
+        (
+            dict(type='nearest', mode='bilinear'),
+            "has type 'nearest' and mode 'bilinear', expected no mode",
+        ),
+        (dict(type='CARAFE', channels=6), 'has channels 6, expected 8'),
+        (
+            dict(type='deconv', out_channels=4),
+            'has out_channels 4, expected 8',
+        ),
+        (
+            dict(type='CARAFE', scale_factor=3),
+            'has scale_factor 3, expected 2',
+        ),
+        # modules that do not upsample, or not by 2
+        (
+            dict(type=nn.ReLU),
+            r'makes \(1, 8, 2, 3\) of a map of .*, expected \(1, 8, 4, 6\)',
+        ),
+        (
+            dict(type=nn.Conv2d, kernel_size=1),
+            r'makes \(1, 8, 2, 3\) .* expected \(1, 8, 4, 6\)',
+        ),
+        (
+            dict(type='deconv', stride=3, output_padding=0),
+            r'makes \(1, 8, 4, 7\) .* expected \(1, 8, 4, 6\)',
+        ),
+        (
+            dict(type=nn.Linear, in_features=5, out_features=3),
+            'fails on a map of 8 channels',
+        ),
     ],
     ids=str,
 )
@@ -177,16 +219,18 @@ def test_the_prefix_is_enough_for_any_registry():
         mmcarafe.CARAFFE  # noqa: B018
 
 
-# fit
+# match_size
 
 
-def test_fit_crops_what_was_halved_from_an_odd_size():
+def test_match_size_crops_what_was_halved_from_an_odd_size():
     x = torch.randn(1, 2, 8, 6)
-    assert torch.equal(fit(x, (7, 6)), x[:, :, :7])
-    assert fit(x, (8, 6)).data_ptr() == x.data_ptr()
+    assert torch.equal(match_size(x, (7, 6)), x[:, :, :7])
+    assert match_size(x, (8, 6)).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize('size', [(6, 6), (9, 6), (8, 11)], ids=str)
-def test_fit_resizes_what_is_not_about_twice_as_large(size):
+def test_match_size_resizes_what_is_not_about_twice_as_large(size):
     x = torch.randn(1, 2, 8, 6)
-    assert torch.equal(fit(x, size), F.interpolate(x, size, mode='bilinear'))
+    assert torch.equal(
+        match_size(x, size), F.interpolate(x, size, mode='bilinear')
+    )

@@ -1,0 +1,260 @@
+"""Upsamplers by name, and what every neck and head needs around one.
+
+Letters are those of :mod:`mmcarafe.ops.carafe`.
+"""
+
+import difflib
+import inspect
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmcarafe.ops.carafe import check_int
+from mmcarafe.upsamplers.carafe import CARAFE, init_xavier
+from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
+
+UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')  # what every default is
+# torch >= 2.7
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+
+
+class PixelShuffle(nn.Module):
+    """A convolution to S*S times the channels, whose pixels are shuffled.
+
+    Arguments, parameter names and initialisation are those of mmcv's
+    ``PixelShufflePack``, so its state dicts load.
+
+    Args:
+        in_channels (int): of the input.
+        out_channels (int): of the output.
+        scale_factor (int): S.
+        upsample_kernel (int): odd kernel size of the convolution.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, scale_factor=2, upsample_kernel=3
+    ):
+        super().__init__()
+        check_int('upsample_kernel', upsample_kernel, odd=True)
+        self.scale_factor = scale_factor
+        self.upsample_conv = nn.Conv2d(
+            in_channels,
+            out_channels * scale_factor**2,
+            upsample_kernel,
+            padding=upsample_kernel // 2,
+        )
+        self.init_weights()
+
+    def init_weights(self):
+        init_xavier(self.upsample_conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Upsample ``[N, C_in, H, W]`` to ``[N, C_out, S*H, S*W]``."""
+        return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
+
+
+# What a config may name, with torch alone; 'mmcarafe.CARAFE' is the full name
+# of 'CARAFE'. Where mmengine is there, its registry adds all that it knows.
+UPSAMPLERS = {
+    'nearest': nn.Upsample,
+    'bilinear': nn.Upsample,
+    'deconv': nn.ConvTranspose2d,
+    'pixel_shuffle': PixelShuffle,
+    'CARAFE': CARAFE,
+    'DynamicFilter': DynamicFilter,
+}
+
+# What tables, benchmarks and tests compare: name -> config.
+COMPARED = {
+    'nearest': dict(type='nearest'),
+    'bilinear': dict(type='bilinear'),
+    'deconvolution 3×3': dict(type='deconv'),
+    'pixel shuffle 3×3': dict(type='pixel_shuffle'),
+    'dynamic filter 5×5': dict(type='mmcarafe.DynamicFilter'),
+    'CARAFE 5×5': dict(type='mmcarafe.CARAFE'),
+}
+
+
+def build_upsampler(
+    cfg: 'dict | str',
+    channels: int,
+    scale_factor: int = 2,
+    name: str = 'upsample_cfg',
+) -> nn.Module:
+    """Build an upsampler, C channels in and out, from its config.
+
+    ``channels`` (or ``in_channels`` and ``out_channels``) and
+    ``scale_factor`` are filled in where the class takes them and the config
+    does not say otherwise.
+
+    Args:
+        cfg (dict | str): ``type`` is ``'mmcarafe.CARAFE'``, ``'nearest'``,
+            ``'bilinear'``, ``'deconv'``, ``'pixel_shuffle'``, a class, or,
+            where mmengine is installed, any registered module (such as mmcv's
+            ``'carafe'``, which needs a GPU or :mod:`mmcarafe.drop_in`); the
+            rest are its arguments. A str is a type without arguments.
+        channels (int): C.
+        scale_factor (int): S.
+        name (str): what the config is called in error messages.
+
+    Returns:
+        nn.Module: maps ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``.
+
+    Raises:
+        TypeError: ``cfg`` is neither dict nor str.
+        ValueError: ``cfg`` has no type, one that is unknown or upsamples
+            otherwise, or arguments that its class refuses.
+    """
+    if isinstance(cfg, str):
+        cfg = dict(type=cfg)
+    if not isinstance(cfg, dict):
+        raise TypeError(
+            f"{name} is a {type(cfg).__name__}, expected a dict with a 'type' "
+            "such as 'mmcarafe.CARAFE' or 'nearest'"
+        )
+    if 'type' not in cfg:
+        raise ValueError(
+            f"{name} is {dict(cfg)}, expected a 'type' such as "
+            "'mmcarafe.CARAFE' or 'nearest'; if it was inherited from another "
+            f'config, write {name}=dict(_delete_=True, type=...)'
+        )
+    arguments = dict(cfg)
+    kind = arguments.pop('type')
+    cls = _find_class(kind, name)
+    _fill_in(arguments, kind, cls, channels, scale_factor, name)
+    try:
+        module = cls(**arguments)
+    except (TypeError, ValueError) as error:
+        hint = ''
+        if 'unexpected keyword' in str(error):
+            hint = (
+                '; if that was inherited from another config, write '
+                f'{name}=dict(_delete_=True, type=...)'
+            )
+        raise ValueError(f'{name} is {dict(cfg)}: {error}{hint}') from error
+    _check_upsamples(module, channels, scale_factor, f'{name} is {dict(cfg)}')
+    return module
+
+
+def _find_class(kind, name):
+    if inspect.isclass(kind):
+        return kind
+    cls = None
+    known = list(UPSAMPLERS)
+    if isinstance(kind, str):
+        cls = UPSAMPLERS.get(kind.split('mmcarafe.', 1)[-1])
+        if cls is None and find_spec('mmengine'):
+            from mmcarafe.registry import MODELS
+
+            try:
+                cls = MODELS.get(kind)
+            except RuntimeError:  # how the registry says that it is unknown
+                pass
+            known += MODELS.module_dict
+    if not inspect.isclass(cls):
+        close = difflib.get_close_matches(str(kind).split('.')[-1], known, 1)
+        hint = f'; did you mean {close[0]!r}?' if close else ''
+        raise ValueError(
+            f'{name} has type {kind!r}, expected a registered upsampler such '
+            "as 'mmcarafe.CARAFE', 'nearest', 'bilinear', 'deconv' or "
+            f"'pixel_shuffle'{hint}"
+        )
+    return cls
+
+
+def _fill_in(arguments, kind, cls, channels, scale_factor, name):
+    """Add what the place of an upsampler decides, unless it is there."""
+    decided = dict(
+        scale_factor=scale_factor,
+        channels=channels,
+        in_channels=channels,
+        out_channels=channels,
+    )
+    for key, expected in decided.items():
+        if arguments.get(key) not in (None, expected):
+            raise ValueError(
+                f'{name} has {key} {arguments[key]!r}, expected {expected}'
+            )
+    if cls is nn.Upsample:
+        mode = kind if isinstance(kind, str) else 'nearest'
+        if arguments.setdefault('mode', mode) != mode and kind is not cls:
+            raise ValueError(
+                f'{name} has type {kind!r} and mode {arguments["mode"]!r}, '
+                f"expected no mode, or type='{arguments['mode']}'"
+            )
+    elif issubclass(cls, nn.ConvTranspose2d):
+        # The paper's 3×3 unless said otherwise, and S times the size exactly.
+        kernel_size = arguments.setdefault('kernel_size', 3)
+        check_int(f'{name}.kernel_size', kernel_size)
+        padding = max(0, (kernel_size - scale_factor + 1) // 2)
+        arguments.setdefault('stride', scale_factor)
+        arguments.setdefault('padding', padding)
+        arguments.setdefault(
+            'output_padding', scale_factor + 2 * padding - kernel_size
+        )
+    accepted = inspect.signature(cls).parameters
+    if 'in_channels' not in accepted:
+        # An extra convolution is what CARAFE's out_channels asks for.
+        del decided['out_channels']
+    if 'upsample_kernel' in accepted:
+        decided['upsample_kernel'] = 3  # mmcv's pixel shuffle has no default
+    for key in decided.keys() & accepted.keys():
+        arguments.setdefault(key, decided[key])
+
+
+def _check_upsamples(module, channels, scale_factor, what):
+    """Run the module once, on a map of 2×3 pixels."""
+    if type(module).__module__ == 'mmcv.ops.carafe':
+        return  # runs on a GPU only
+    example = next(module.parameters(), torch.empty(0))
+    x = example.new_zeros(1, channels, 2, 3)
+    training = module.training
+    try:
+        with torch.no_grad():
+            size = tuple(module.eval()(x).shape)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{what}: it fails on a map of {channels} channels: {error}'
+        ) from error
+    finally:
+        module.train(training)
+    expected = (1, channels, 2 * scale_factor, 3 * scale_factor)
+    if size != expected:
+        raise ValueError(
+            f'{what}: it makes {size} of a map of {tuple(x.shape)}, '
+            f'expected {expected}'
+        )
+
+
+def match_size(
+    x: Tensor, size: 'tuple[int, int]', scale_factor: int = 2
+) -> Tensor:
+    """Bring an upsampled map to the size of the map that it must meet.
+
+    A map that was halved from an odd size comes back one pixel too large: it
+    is cropped at the bottom and right, where the halving's padding was. A map
+    that is not within S pixels of the size is resized bilinearly.
+
+    Args:
+        x (Tensor[N, C, H, W]): upsampled map.
+        size (tuple[int, int]): height and width to meet.
+        scale_factor (int): S, by which ``x`` was upsampled.
+
+    Returns:
+        Tensor[N, C, *size]: a view of ``x`` where it could be cropped.
+    """
+    height, width = size
+    if (
+        0 <= x.shape[2] - height < scale_factor
+        and 0 <= x.shape[3] - width < scale_factor
+    ):
+        if _is_exporting() and not torch.onnx.is_in_onnx_export():
+            # torch.export specialises on whether a slice is the whole map;
+            # index_select does not.
+            rows = torch.arange(height, device=x.device)
+            columns = torch.arange(width, device=x.device)
+            return x.index_select(2, rows).index_select(3, columns)
+        return x[:, :, :height, :width]
+    return F.interpolate(x, (height, width), mode='bilinear')

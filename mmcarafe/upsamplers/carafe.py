@@ -1,0 +1,123 @@
+"""CARAFE as a module. Letters are those of :mod:`mmcarafe.ops.carafe`."""
+
+from torch import Tensor, nn
+
+from mmcarafe.ops import carafe_from_logits
+from mmcarafe.ops.carafe import check_int, check_normalizer
+
+
+class CARAFE(nn.Module):
+    """Upsample with kernels predicted from the features themselves.
+
+    Sections 3.1 to 3.3 of the `paper <https://arxiv.org/abs/1905.02188>`_:
+    a 1×1 convolution compresses the channels, a convolution encodes them into
+    G*K*K*S*S logits per source pixel, and
+    :func:`mmcarafe.ops.carafe_from_logits` normalises these and reassembles
+    the features.
+
+    Arguments, parameter names and initialisation are those of mmcv's
+    ``CARAFEPack``, so its state dicts load.
+
+    Args:
+        channels (int): C.
+        scale_factor (int): S.
+        up_kernel (int): K, odd.
+        up_group (int): G. Divides C.
+        encoder_kernel (int): odd kernel size of the content encoder. The
+            paper's rule is K - 2.
+        encoder_dilation (int): dilation of the content encoder.
+        compressed_channels (int | float): channels between the convolutions.
+            A float is a share of ``channels``.
+        normalizer (str, optional): see
+            :func:`mmcarafe.ops.carafe_from_logits`.
+        out_channels (int, optional): adds a 1×1 convolution to so many
+            channels after the upsampling.
+    """
+
+    def __init__(
+        self,
+        channels,
+        scale_factor=2,
+        up_kernel=5,
+        up_group=1,
+        encoder_kernel=3,
+        encoder_dilation=1,
+        compressed_channels=64,
+        normalizer='softmax',
+        out_channels=None,
+    ):
+        super().__init__()
+        check_int('channels', channels)
+        check_int('scale_factor', scale_factor)
+        check_int('up_kernel', up_kernel, odd=True)
+        check_int('up_group', up_group)
+        check_int('encoder_kernel', encoder_kernel, odd=True)
+        check_int('encoder_dilation', encoder_dilation)
+        check_normalizer(normalizer)
+        if channels % up_group:
+            raise ValueError(
+                f'up_group is {up_group}, '
+                f'expected a divisor of channels = {channels}'
+            )
+        if isinstance(compressed_channels, float):
+            compressed_channels = round(compressed_channels * channels)
+        check_int('compressed_channels', compressed_channels)
+        self.channels = channels
+        self.scale_factor = scale_factor
+        self.up_kernel = up_kernel
+        self.up_group = up_group
+        self.normalizer = normalizer
+        self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
+        self.content_encoder = nn.Conv2d(
+            compressed_channels,
+            up_group * up_kernel**2 * scale_factor**2,
+            encoder_kernel,
+            padding=(encoder_kernel - 1) * encoder_dilation // 2,
+            dilation=encoder_dilation,
+        )
+        if out_channels is not None:
+            check_int('out_channels', out_channels)
+            self.out_conv = nn.Conv2d(channels, out_channels, 1)
+        else:
+            self.out_conv = None
+        self.init_weights()
+
+    def init_weights(self):
+        """Start near a uniform kernel: logits are N(0, 0.001) filtered.
+
+        A parent's ``init_weights`` calls this after its own ``init_cfg``.
+        """
+        init_xavier(self.channel_compressor)
+        nn.init.normal_(self.content_encoder.weight, std=0.001)
+        nn.init.zeros_(self.content_encoder.bias)
+        if self.out_conv is not None:
+            init_xavier(self.out_conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``.
+
+        With ``out_channels`` the result has so many channels.
+        """
+        compressed = self.channel_compressor(x)
+        logits = self.content_encoder(compressed)  # [N, G*K*K*S*S, H, W]
+        x = carafe_from_logits(
+            x,
+            logits,
+            self.up_kernel,
+            self.up_group,
+            self.scale_factor,
+            self.normalizer,
+        )
+        return x if self.out_conv is None else self.out_conv(x)
+
+    def extra_repr(self):
+        return (
+            f'scale_factor={self.scale_factor}, up_kernel={self.up_kernel}, '
+            f'up_group={self.up_group}, normalizer={self.normalizer!r}'
+        )
+
+
+def init_xavier(conv: nn.Conv2d) -> None:
+    """Xavier's uniform weights and no bias, as mmcv initialises it."""
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)

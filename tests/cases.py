@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mmcarafe.ops.reference import DTYPES, NORMALIZERS
+from mmcarafe.ops.reference import BORDERS, DTYPES, NORMALIZERS
 
 
 class Case(NamedTuple):
@@ -55,7 +55,14 @@ CASES = {
 }
 all_cases = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 
-all_normalizers = pytest.mark.parametrize('normalizer', NORMALIZERS)
+# Every normaliser and border that go together, as arguments of the operators.
+OPTIONS = {
+    f'{normalizer}-{border}': (normalizer, border)
+    for normalizer in NORMALIZERS
+    for border in BORDERS
+    if border == 'zeros' or normalizer in ('softmax', 'sigmoid_normalized')
+}
+all_options = pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 
 all_dtypes = pytest.mark.parametrize(
     'dtype', DTYPES, ids=lambda dtype: str(dtype)[6:]

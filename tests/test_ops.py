@@ -11,7 +11,7 @@ from cases import (
     all_cases,
     all_dtypes,
     all_layouts,
-    all_normalizers,
+    all_options,
     assert_as_exact_as,
     forward_and_gradients,
     randn,
@@ -42,17 +42,34 @@ def six_loops(features, masks, kernel_size, group_size, scale_factor):
     return out
 
 
-def masks_from_logits(logits, kernel_size, group_size, scale_factor, mode):
-    """What mmcv's CARAFEPack does between its convolution and its operator."""
+def masks_from_logits(
+    logits, kernel_size, group_size, scale_factor, normalizer, border
+):
+    """What mmcv's CARAFEPack does between its convolution and its operator.
+
+    With border 'renormalize' the taps outside of the map become zero before
+    the others are divided by their sum.
+    """
     masks = F.pixel_shuffle(logits, scale_factor)
     shape = masks.shape
     masks = masks.view(shape[0], group_size, kernel_size**2, *shape[2:])
-    if mode == 'softmax':
-        masks = masks.exp() / masks.exp().sum(2, keepdim=True)
-    elif mode is not None:
+    if normalizer == 'softmax':
+        masks = masks.exp()
+    elif normalizer is not None:
         masks = 1 / (1 + (-masks).exp())
-        if mode == 'sigmoid_normalized':
-            masks = masks / masks.sum(2, keepdim=True)
+    if border == 'renormalize':
+        for tap, y, x in itertools.product(*map(range, masks.shape[2:])):
+            source_y = (
+                y // scale_factor + tap // kernel_size - kernel_size // 2
+            )
+            source_x = x // scale_factor + tap % kernel_size - kernel_size // 2
+            if not (
+                0 <= source_y < shape[2] // scale_factor
+                and 0 <= source_x < shape[3] // scale_factor
+            ):
+                masks[:, :, tap, y, x] = 0
+    if normalizer in ('softmax', 'sigmoid_normalized'):
+        masks = masks / masks.sum(2, keepdim=True)
     return masks.view(shape)
 
 
@@ -92,14 +109,14 @@ def test_reference_equals_six_loops(case):
 
 
 @all_cases
-@all_normalizers
-def test_reference_normalises_as_the_definition(case, normalizer):
+@all_options
+def test_reference_normalises_as_the_definition(case, options):
     features = randn(*case.features_shape)
     logits = randn(*case.logits_shape)
-    masks = masks_from_logits(logits, *case.arguments, normalizer)
+    masks = masks_from_logits(logits, *case.arguments, *options)
     torch.testing.assert_close(
         reference.carafe_from_logits(
-            features, logits, *case.arguments, normalizer
+            features, logits, *case.arguments, *options
         ),
         reference.carafe(features, masks, *case.arguments),
         rtol=0,
@@ -108,9 +125,9 @@ def test_reference_normalises_as_the_definition(case, normalizer):
 
 
 @all_cases
-@all_normalizers
+@all_options
 @all_layouts
-def test_reference_gradients_equal_autograds(case, normalizer, layout):
+def test_reference_gradients_equal_autograds(case, options, layout):
     """The closed forms, against autograd through the forward."""
     features = randn(*case.features_shape)
     logits = randn(*case.logits_shape)
@@ -121,18 +138,18 @@ def test_reference_gradients_equal_autograds(case, normalizer, layout):
         logits,
         grad,
         *case.arguments,
-        normalizer,
+        *options,
     )
     features, logits, grad = map(layout, (features, logits, grad))
     weights = reference.scores_from_logits(logits, *case.arguments)
     for result, expected in (
         (
-            reference.reassemble_grad_features(grad, weights, normalizer),
+            reference.reassemble_grad_features(grad, weights, *options),
             expected_features,
         ),
         (
             reference.reassemble_grad_weights(
-                grad, features, weights, normalizer
+                grad, features, weights, *options
             ),
             expected_logits.view(weights.shape),
         ),
@@ -171,20 +188,18 @@ def test_operator_equals_reference(case, dtype, layout, form):
         assert_as_exact_as(result, rounded, true)
 
 
-@all_normalizers
+@all_options
 @pytest.mark.parametrize(
     'case',
     [Case(1, 4, 2, 2, k=3, g=2, s=1), Case(1, 2, 2, 2, k=3), Case(1, 1, 3, 1)],
     ids=repr,
 )
-def test_gradients_of_first_and_second_order(case, normalizer):
+def test_gradients_of_first_and_second_order(case, options):
     features = randn(*case.features_shape).requires_grad_()
     logits = randn(*case.logits_shape).requires_grad_()
 
     def upsample(features, logits):
-        return carafe_from_logits(
-            features, logits, *case.arguments, normalizer
-        )
+        return carafe_from_logits(features, logits, *case.arguments, *options)
 
     torch.autograd.gradcheck(upsample, (features, logits))
     torch.autograd.gradgradcheck(upsample, (features, logits))
@@ -225,6 +240,38 @@ def test_constant_stays_constant_away_from_the_border(normalizer):
     assert out[0, 0, 0, 0] < 3.0  # no renormalisation at the border
 
 
+@pytest.mark.parametrize('normalizer', ['softmax', 'sigmoid_normalized'])
+@pytest.mark.parametrize('kernel_size', [3, 5, 7])
+@pytest.mark.parametrize('size', [(1, 1), (2, 2), (1, 6), (9, 7)], ids=str)
+def test_constant_stays_constant_everywhere(normalizer, kernel_size, size):
+    """With a renormalised border, on maps smaller than the window too."""
+    features = torch.full((1, 2, *size), 3.0)
+    logits = randn(1, 4 * kernel_size**2, *size, dtype=torch.float32)
+    out = carafe_from_logits(
+        features, logits, kernel_size, 1, 2, normalizer, 'renormalize'
+    )
+    assert (out - 3).abs().max() <= 3e-6
+
+
+def test_taps_outside_take_no_part_whatever_their_score():
+    features = randn(1, 2, 5, 6).requires_grad_()
+    logits = randn(1, 100, 5, 6).requires_grad_()
+    spoilt = logits.detach().clone()
+    spoilt[:, :4, 0] = torch.nan  # the first tap of the first row
+    spoilt[:, -4:, :, -1] = torch.inf  # the last tap of the last column
+    spoilt.requires_grad_()
+    results = [
+        forward_and_gradients(
+            carafe_from_logits,
+            *(features, each, torch.ones(1, 2, 10, 12)),
+            *(5, 1, 2, 'softmax', 'renormalize'),
+        )
+        for each in (logits, spoilt)
+    ]
+    for clean, other in zip(*results):
+        assert torch.equal(clean, other)
+
+
 def test_linear_in_features():
     case = CASES['groups-2']
     a, b = randn(2, *case.features_shape)
@@ -259,13 +306,13 @@ def test_run_twice_equal_to_the_bit(dtype):
 
 
 @pytest.mark.parametrize('logit', [-1e4, 1e4])
-@all_normalizers
-def test_large_logits_stay_finite(normalizer, logit):
+@all_options
+def test_large_logits_stay_finite(options, logit):
     features = randn(1, 2, 5, 5, dtype=torch.float32)
     logits = torch.full((1, 100, 5, 5), logit)
     grad = torch.ones(1, 2, 10, 10)
     results = forward_and_gradients(
-        carafe_from_logits, features, logits, grad, 5, 1, 2, normalizer
+        carafe_from_logits, features, logits, grad, 5, 1, 2, *options
     )
     assert all(result.isfinite().all() for result in results)
 
@@ -377,8 +424,8 @@ needs_opcheck = pytest.mark.skipif(
 # opcheck itself reads .grad of what passes between two operators
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor')
 @all_layouts
-@pytest.mark.parametrize('normalizer', ['softmax', None])
-def test_opcheck(layout, normalizer):
+@all_options
+def test_opcheck(layout, options):
     features = layout(randn(2, 4, 3, 5)).requires_grad_()
     grad = layout(randn(2, 4, 6, 10)).requires_grad_()
     weights = reference.scores_from_logits(
@@ -390,7 +437,7 @@ def test_opcheck(layout, normalizer):
         (op.reassemble_grad_features, (grad, weights)),
         (op.reassemble_grad_weights, (grad, features, weights)),
     ):
-        torch.library.opcheck(operator, (*inputs, normalizer))
+        torch.library.opcheck(operator, (*inputs, *options))
 
 
 @pytest.mark.skipif(
@@ -514,6 +561,15 @@ LOGITS = torch.zeros(2, 100, 3, 5)
         (
             dict(normalizer='tanh'),
             "normalizer is 'tanh', expected one of .*softmax",
+        ),
+        (dict(border='mirror'), "border is 'mirror', expected one of .*zeros"),
+        (
+            dict(border='renormalize', normalizer='sigmoid'),
+            "border is 'renormalize' and normalizer 'sigmoid', expected",
+        ),
+        (
+            dict(border='renormalize', normalizer=None),
+            "border is 'renormalize' and normalizer None, expected 'softmax'",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else '',

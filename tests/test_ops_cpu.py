@@ -15,16 +15,16 @@ import torch
 from cases import (
     CASES,
     LAYOUTS,
+    OPTIONS,
     Case,
     all_dtypes,
     all_layouts,
-    all_normalizers,
+    all_options,
     assert_as_exact_as,
     randn,
 )
 
 from mmcarafe.ops import carafe_from_logits, cpu, reference
-from mmcarafe.ops.reference import NORMALIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,26 +88,26 @@ def inputs(case, dtype=torch.float32, layout=LAYOUTS['contiguous'], masks=0):
     )
 
 
-def run(library, features, scores, grad, normalizer='softmax'):
+def run(library, features, scores, grad, options=('softmax', 'zeros')):
     """What each of the three operators gives."""
     return (
-        library.reassemble(features, scores, normalizer),
-        library.reassemble_grad_features(grad, scores, normalizer),
-        library.reassemble_grad_weights(grad, features, scores, normalizer),
+        library.reassemble(features, scores, *options),
+        library.reassemble_grad_features(grad, scores, *options),
+        library.reassemble_grad_weights(grad, features, scores, *options),
     )
 
 
 @functools.lru_cache(maxsize=None)  # the same for every library
 def expectations(case, dtype, layout, masks):
-    """Inputs, and for each normaliser, results in their dtype and in fp64."""
+    """Inputs, and for all options, results in their dtype and in fp64."""
     tensors = inputs(case, dtype, layout, masks)
     doubles = [tensor.double() for tensor in tensors]
     return tensors, {
-        normalizer: (
-            run(reference, *tensors, normalizer),
-            run(reference, *doubles, normalizer),
+        options: (
+            run(reference, *tensors, options),
+            run(reference, *doubles, options),
         )
-        for normalizer in ((None,) if masks else NORMALIZERS)
+        for options in ([(None, 'zeros')] if masks else OPTIONS.values())
     }
 
 
@@ -117,8 +117,8 @@ def expectations(case, dtype, layout, masks):
 @pytest.mark.parametrize('masks', [False, True], ids=['logits', 'masks'])
 def test_equals_reference(library, case, dtype, layout, masks):
     tensors, expected = expectations(case, dtype, layout, masks)
-    for normalizer, (same_dtype, exact) in expected.items():
-        results = run(library, *tensors, normalizer)
+    for options, (same_dtype, exact) in expected.items():
+        results = run(library, *tensors, options)
         for result, rounded, true in zip(results, same_dtype, exact):
             assert_as_exact_as(result, rounded, true)
             assert result.stride() == rounded.stride()
@@ -133,18 +133,16 @@ def test_expanded_gradient(library):
     assert all(map(torch.equal, expanded, dense))
 
 
-@all_normalizers
+@all_options
 @pytest.mark.parametrize('value', [torch.inf, -torch.inf, torch.nan], ids=str)
-def test_non_finite_logits_behave_as_in_the_reference(
-    library, normalizer, value
-):
+def test_non_finite_logits_behave_as_in_the_reference(library, options, value):
     features, weights, grad = inputs(Case(1, 3, 7, 19))
     for tap in (0, 12, 24):  # of which the first and last leave the map
         for place in ((0, 0), (3, 8), (6, 18)):
             weights[(0, 0, tap, 0, 1, *place)] = value
     weights[0, 0, :, 1, 1, 3, 12] = value
-    results = run(library, features, weights, grad, normalizer)
-    expected = run(reference, features, weights, grad, normalizer)
+    results = run(library, features, weights, grad, options)
+    expected = run(reference, features, weights, grad, options)
     for result, rounded in zip(results, expected):
         torch.testing.assert_close(result, rounded, equal_nan=True)
 
@@ -188,14 +186,14 @@ def test_threads_do_not_change_a_bit(library, dtype, layout, threads):
 
 
 @all_layouts
-@pytest.mark.parametrize('normalizer', ['softmax', None])
-def test_every_element_is_written(library, layout, normalizer):
+@all_options
+def test_every_element_is_written(library, layout, options):
     """Uninitialised memory is filled with NaN here."""
     tensors = inputs(BLOCK_CASES['blocks'], layout=layout)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan()
-        results = run(library, *tensors, normalizer)
+        results = run(library, *tensors, options)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(result.isfinite().all() for result in results)

@@ -22,14 +22,15 @@ it lies in. For output pixel (S*h + i, S*w + j) of a channel c of group g:
         x_{c,\; h + \lfloor k/K \rfloor - \lfloor K/2 \rfloor,\;
            w + k \bmod K - \lfloor K/2 \rfloor}
 
-Taps outside the map read zero, and the other weights stay as they are.
+Taps outside the map read zero, and the other weights stay as they are, unless
+``border='renormalize'`` lets them out of the normalisation.
 """
 
 import torch
 from torch import Tensor
 
 from mmcarafe.ops import export, operators, reference
-from mmcarafe.ops.reference import DTYPES, NORMALIZERS
+from mmcarafe.ops.reference import BORDERS, DTYPES, NORMALIZERS
 
 
 def carafe(
@@ -76,7 +77,7 @@ def carafe(
         masks, kernel_size, group_size, scale_factor
     )
     return _reassemble(
-        features, scores, None, kernel_size, group_size, scale_factor
+        features, scores, None, 'zeros', kernel_size, group_size, scale_factor
     )
 
 
@@ -87,6 +88,7 @@ def carafe_from_logits(
     group_size: int = 1,
     scale_factor: int = 2,
     normalizer: 'str | None' = 'softmax',
+    border: str = 'zeros',
 ) -> Tensor:
     """Upsample features with the weights that a network predicts.
 
@@ -105,6 +107,11 @@ def carafe_from_logits(
         normalizer (str, optional): ``'softmax'``, ``'sigmoid_normalized'``
             (sigmoids divided by their sum), ``'sigmoid'``, or None for
             logits that are used as they are.
+        border (str): ``'zeros'``, as mmcv: a tap outside of the map reads zero
+            and keeps its weight, so a constant map gets darker at its border;
+            or ``'renormalize'``: such a tap takes no part in the
+            normalisation, so the weights inside sum to one, and a constant
+            map stays as it is. Only with the first two normalisers.
 
     Returns:
         Tensor[N, C, S*H, S*W]: as in :func:`carafe`.
@@ -114,7 +121,7 @@ def carafe_from_logits(
         ValueError: an argument has the wrong value, shape or device.
     """
     _check_hyperparameters(kernel_size, group_size, scale_factor)
-    check_normalizer(normalizer)
+    check_normalizer(normalizer, border)
     _check_features(features, group_size)
     _check_scores(
         'logits',
@@ -127,17 +134,23 @@ def carafe_from_logits(
         logits, kernel_size, group_size, scale_factor
     )
     return _reassemble(
-        features, scores, normalizer, kernel_size, group_size, scale_factor
+        features,
+        scores,
+        normalizer,
+        border,
+        kernel_size,
+        group_size,
+        scale_factor,
     )
 
 
-def _reassemble(features, scores, normalizer, *hyperparameters):
+def _reassemble(features, scores, normalizer, border, *hyperparameters):
     if torch.onnx.is_in_onnx_export():
         # whose exporters may trace shapes, hence K, G and S as plain ints
         return export.reassemble(
-            features, scores, normalizer, *hyperparameters
+            features, scores, normalizer, border, *hyperparameters
         )
-    return torch.ops.mmcarafe.reassemble(features, scores, normalizer)
+    return torch.ops.mmcarafe.reassemble(features, scores, normalizer, border)
 
 
 # Checks: once, here; what answers for a device assumes validity.
@@ -154,10 +167,17 @@ def check_int(name: str, value: int, odd: bool = False) -> None:
         raise ValueError(f'{name} is {value}, expected {expected}')
 
 
-def check_normalizer(normalizer) -> None:
-    """Raise unless ``normalizer`` is one of ``reference.NORMALIZERS``."""
+def check_normalizer(normalizer: 'str | None', border: str) -> None:
+    """Raise unless both are known and go together."""
     if normalizer not in NORMALIZERS:
-        raise reference.unknown_normalizer(normalizer)
+        raise reference.unknown('normalizer', normalizer, NORMALIZERS)
+    if border not in BORDERS:
+        raise reference.unknown('border', border, BORDERS)
+    if border == 'renormalize' and normalizer in ('sigmoid', None):
+        raise ValueError(
+            f"border is 'renormalize' and normalizer {normalizer!r}, expected "
+            "'softmax' or 'sigmoid_normalized', whose weights sum to one"
+        )
 
 
 def _check_hyperparameters(kernel_size, group_size, scale_factor):

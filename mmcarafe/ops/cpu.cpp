@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -54,13 +55,14 @@ constexpr int ROWS = 2;
 constexpr int COLUMNS = 16;
 constexpr int CHUNK = 16;
 
-// In the order of NORMALIZERS and DTYPES in reference.py.
+// In the order of the tuples in reference.py.
+enum Border { ZEROS, RENORMALIZE };
 enum Normalizer { SOFTMAX, SIGMOID_NORMALIZED, SIGMOID, NONE };
 enum Dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 
 // Mirrored by _Arguments in cpu.py. Strides count elements.
 struct Arguments {
-  int64_t dtype, normalizer, threads;
+  int64_t dtype, normalizer, border, threads;
   int64_t N, C, H, W, K, G, S;
   void *low;  // [N, C, H, W]: features or their gradient
   int64_t low_strides[4];
@@ -691,6 +693,8 @@ template <class T> struct Block {
   void read_scores(A *to, int64_t r) const {
     for (int64_t k = 0; k < taps; ++k)
       read_tap(to + k * subpixels * COLUMNS, k, h + r, w);
+    if (a.border == RENORMALIZE)
+      fill_outside(to, r, -std::numeric_limits<A>::infinity());
   }
 
   // Those of tap k for the pixels (y, x), (y, x + 1), ... -> [S*S, COLUMNS]
@@ -717,21 +721,26 @@ template <class T> struct Block {
               COLUMNS, S, columns);
   }
 
-  // Taps of row r that read outside the map count as zero, whatever their
-  // weight: it may be infinite, or nan.
-  void clear_outside(A *weights, int64_t r) const {
+  // Taps of row r that read outside of the map get a value. As weights that is
+  // zero, whatever theirs is: it may be infinite, or nan.
+  void fill_outside(A *weights, int64_t r, A value) const {
     const int64_t y = h + r;
     if (y >= radius && y + radius < a.H && w >= radius &&
         w + columns + radius <= a.W)
       return;
-    for (int64_t k = 0; k < taps; ++k)
-      for (int64_t i = 0; i < COLUMNS; ++i) {
-        const int64_t tap_y = y + k / K - radius;
-        const int64_t tap_x = w + i + k % K - radius;
-        if (tap_y < 0 || tap_y >= a.H || tap_x < 0 || tap_x >= a.W)
-          for (int64_t p = 0; p < subpixels; ++p)
-            weights[(k * subpixels + p) * COLUMNS + i] = 0;
+    for (int64_t k = 0; k < taps; ++k) {
+      // The columns of which the tap is inside: [begin, end)
+      const int64_t tap_y = y + k / K - radius, dx = w + k % K - radius;
+      const bool inside = tap_y >= 0 && tap_y < a.H;
+      const int64_t begin =
+          inside ? std::clamp<int64_t>(-dx, 0, COLUMNS) : COLUMNS;
+      const int64_t end = std::clamp<int64_t>(a.W - dx, begin, COLUMNS);
+      A *tap = weights + k * subpixels * COLUMNS;
+      for (int64_t p = 0; p < subpixels; ++p, tap += COLUMNS) {
+        std::fill(tap, tap + begin, value);
+        std::fill(tap + end, tap + COLUMNS, value);
       }
+    }
   }
 
   void normalize(const A *logits, A *weights, A *tops, A *scales) const {
@@ -764,7 +773,7 @@ public:
       A *weights_r = weights + r * at.weights_size;
       at.read_scores(weights_r, r);
       at.normalize(weights_r, weights_r, tops, scales);
-      at.clear_outside(weights_r, r);
+      at.fill_outside(weights_r, r, A(0));
     }
     const auto function = at.K == 5   ? reassemble_row<5, A>
                           : at.K == 3 ? reassemble_row<3, A>
@@ -905,7 +914,7 @@ public:
     });
     for (int64_t r = 0; r < at.rows; ++r) {
       A *grad_r = grad + r * at.weights_size;
-      at.clear_outside(grad_r, r);
+      at.fill_outside(grad_r, r, A(0));
       normalize_backward(grad_r, r);
       at.write_grad_scores(grad_r, r);
     }
@@ -958,12 +967,12 @@ template <class Worker> void run(const Arguments &a, int64_t count) {
         unsigned(threads), 0);
 }
 
-// 0; or what is unknown, so that nothing was done: 1 the dtype, 2 the
-// normaliser.
+// 0; or 1 if an argument is unknown, so that nothing was done.
 template <template <class> class Worker>
 int run_dtype(const Arguments &a) noexcept {
-  if (!with_normalizer(a.normalizer, [](auto) {}))
-    return 2;
+  if (!with_normalizer(a.normalizer, [](auto) {}) || a.border < ZEROS ||
+      a.border > RENORMALIZE)
+    return 1;
   switch (a.dtype) {
   case FLOAT16:
     run<Worker<Half>>(a, Block<Half>::count(a));
@@ -988,9 +997,8 @@ extern "C" int reassemble(const Arguments *a) {
 }
 
 extern "C" int reassemble_grad_features(const Arguments *a) {
-  if (a->statistics)
-    if (const int unknown = run_dtype<Statistics>(*a))
-      return unknown;
+  if (a->statistics && run_dtype<Statistics>(*a))
+    return 1;
   return run_dtype<GradFeatures>(*a);
 }
 

@@ -22,7 +22,10 @@ class _Arguments(ctypes.Structure):
     """Mirrors Arguments in cpu.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ('dtype', 'normalizer')),
+        *(
+            (name, ctypes.c_int64)
+            for name in ('dtype', 'normalizer', 'border')
+        ),
         *((name, ctypes.c_int64) for name in ('threads', *'NCHWKGS')),
         ('low', ctypes.c_void_p),
         ('low_strides', ctypes.c_int64 * 4),
@@ -47,12 +50,14 @@ class Library:
         self._library = ctypes.CDLL(path)
         self._pid = os.getpid()
 
-    def reassemble(self, features, scores, normalizer):
+    def reassemble(self, features, scores, normalizer, border='zeros'):
         out = reference.empty_map(features, features.shape[1], scores.shape[3])
-        self._run('reassemble', features, out, scores, normalizer)
+        self._run('reassemble', features, out, scores, normalizer, border)
         return out
 
-    def reassemble_grad_features(self, grad, scores, normalizer):
+    def reassemble_grad_features(
+        self, grad, scores, normalizer, border='zeros'
+    ):
         out = reference.empty_map(grad, grad.shape[1], 1, scores.shape[-2:])
         statistics = None
         if normalizer in ('softmax', 'sigmoid_normalized'):
@@ -67,11 +72,14 @@ class Library:
             grad,
             scores,
             normalizer,
+            border,
             statistics=statistics,
         )
         return out
 
-    def reassemble_grad_weights(self, grad, features, scores, normalizer):
+    def reassemble_grad_weights(
+        self, grad, features, scores, normalizer, border='zeros'
+    ):
         out = torch.empty_like(scores)
         self._run(
             'reassemble_grad_weights',
@@ -79,6 +87,7 @@ class Library:
             grad,
             scores,
             normalizer,
+            border,
             grad_scores=out,
         )
         return out
@@ -90,6 +99,7 @@ class Library:
         high,
         scores,
         normalizer,
+        border,
         grad_scores=None,
         statistics=None,
     ):
@@ -98,14 +108,20 @@ class Library:
                 f'{name} got {low.dtype}, {high.dtype} and {scores.dtype}, '
                 'expected one dtype'
             )
-        if normalizer not in reference.NORMALIZERS:
-            raise reference.unknown_normalizer(normalizer)
+        codes = {}  # what the enums of cpu.cpp count
+        for field, value, known in (
+            ('dtype', scores.dtype, reference.DTYPES),
+            ('normalizer', normalizer, reference.NORMALIZERS),
+            ('border', border, reference.BORDERS),
+        ):
+            if value not in known:
+                raise reference.unknown(field, value, known)
+            codes[field] = known.index(value)
         n, groups, taps, s, _, height, width = scores.shape
         if n == 0:
             return
         arguments = _Arguments(
-            dtype=reference.DTYPES.index(scores.dtype),
-            normalizer=reference.NORMALIZERS.index(normalizer),
+            **codes,
             threads=self._threads(),
             N=n,
             C=low.shape[1],
@@ -127,12 +143,10 @@ class Library:
                 getattr(arguments, f'{field}_strides')[:] = tensor.stride()
         if statistics is not None:
             arguments.statistics = statistics.data_ptr()
-        unknown = getattr(self._library, name)(ctypes.byref(arguments))
-        if unknown:
+        if getattr(self._library, name)(ctypes.byref(arguments)):
             raise RuntimeError(
-                f'{self.path} knows no '
-                f'{(scores.dtype, normalizer)[unknown - 1]}: it was compiled '
-                'from another version of cpu.cpp, so install mmcarafe again'
+                f'{self.path} was compiled from another version of cpu.cpp: '
+                'install mmcarafe again'
             )
 
     def _threads(self):

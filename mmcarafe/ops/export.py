@@ -11,12 +11,21 @@ from mmcarafe.ops import reference
 
 
 def reassemble(
-    features, scores, normalizer, kernel_size, group_size, scale_factor
+    features,
+    scores,
+    normalizer,
+    border,
+    kernel_size,
+    group_size,
+    scale_factor,
 ):
     """See :func:`mmcarafe.ops.reference.reassemble`."""
     height, width = scores.shape[-2:]
     r = kernel_size // 2
-    w = reference.normalize(reference.accumulable(scores), normalizer)
+    w = reference.exclude_outside(
+        reference.accumulable(scores), border, kernel_size
+    )
+    w = reference.normalize(w, normalizer)
     w = w.flatten(3, 4)  # [N, G, K*K, S*S, H, W]
     x = F.pad(reference.accumulable(features), (r, r, r, r))
     x = x.unflatten(1, (group_size, -1, 1))  # [N, G, C/G, 1, H+2r, W+2r]

@@ -24,41 +24,42 @@ class _Meta:
     """Shapes, dtypes and strides alone, for meta and fake tensors."""
 
     @staticmethod
-    def reassemble(features, scores, normalizer):
+    def reassemble(features, scores, normalizer, border='zeros'):
         return reference.empty_map(
             features, features.shape[1], scores.shape[3]
         )
 
     @staticmethod
-    def reassemble_grad_features(grad, scores, normalizer):
+    def reassemble_grad_features(grad, scores, normalizer, border='zeros'):
         return reference.empty_map(grad, grad.shape[1], 1, scores.shape[-2:])
 
     @staticmethod
-    def reassemble_grad_weights(grad, features, scores, normalizer):
+    def reassemble_grad_weights(
+        grad, features, scores, normalizer, border='zeros'
+    ):
         return torch.empty_like(scores)
 
 
 class _Reassemble(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, scores, normalizer):
+    def forward(ctx, features, scores, normalizer, border):
         ctx.save_for_backward(features, scores)
-        ctx.normalizer = normalizer
+        ctx.options = normalizer, border
         with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.reassemble(features, scores, normalizer)
+            return _OPS.reassemble(features, scores, normalizer, border)
 
     @staticmethod
     def backward(ctx, grad):
         features, scores = ctx.saved_tensors
-        to_features, to_scores, _ = ctx.needs_input_grad
+        to_features, to_scores, *_ = ctx.needs_input_grad
         return (
-            _OPS.reassemble_grad_features(grad, scores, ctx.normalizer)
+            _OPS.reassemble_grad_features(grad, scores, *ctx.options)
             if to_features
             else None,
-            _OPS.reassemble_grad_weights(
-                grad, features, scores, ctx.normalizer
-            )
+            _OPS.reassemble_grad_weights(grad, features, scores, *ctx.options)
             if to_scores
             else None,
+            None,
             None,
         )
 
@@ -102,35 +103,43 @@ class _Autograd:
     So the operators need derivatives of their linear form only.
     """
 
-    reassemble = _Reassemble.apply
+    @staticmethod
+    def reassemble(features, scores, normalizer, border='zeros'):
+        return _Reassemble.apply(features, scores, normalizer, border)
 
     @staticmethod
-    def reassemble_grad_features(grad, scores, normalizer):
+    def reassemble_grad_features(grad, scores, normalizer, border='zeros'):
         if not torch.is_grad_enabled():
             with torch._C._AutoDispatchBelowAutograd():
-                return _OPS.reassemble_grad_features(grad, scores, normalizer)
+                return _OPS.reassemble_grad_features(
+                    grad, scores, normalizer, border
+                )
+        scores = reference.exclude_outside(scores, border)
         # autocast may widen what is normalised here
         weights = reference.normalize(scores, normalizer).to(grad.dtype)
         return _LinearGradFeatures.apply(grad, weights)
 
     @staticmethod
-    def reassemble_grad_weights(grad, features, scores, normalizer):
+    def reassemble_grad_weights(
+        grad, features, scores, normalizer, border='zeros'
+    ):
         if not torch.is_grad_enabled():
             with torch._C._AutoDispatchBelowAutograd():
                 return _OPS.reassemble_grad_weights(
-                    grad, features, scores, normalizer
+                    grad, features, scores, normalizer, border
                 )
         grad_weights = _LinearGradWeights.apply(grad, features, scores)
+        scores = reference.exclude_outside(scores, border)
         return reference.normalize_backward(grad_weights, scores, normalizer)
 
 
-def _autocast_to_widest(features, scores, normalizer):
+def _autocast_to_widest(features, scores, normalizer, border='zeros'):
     # Sums over the window accumulate in fp32 in any case, so no input needs
     # widening; but features and logits may come in two dtypes.
     dtype = torch.promote_types(features.dtype, scores.dtype)
     with torch.autocast(features.device.type, enabled=False):
         return _OPS.reassemble(
-            features.to(dtype), scores.to(dtype), normalizer
+            features.to(dtype), scores.to(dtype), normalizer, border
         )
 
 
@@ -138,28 +147,28 @@ def _autocast_to_widest(features, scores, normalizer):
 # value of the high map. Softmax counts nowhere.
 
 
-def _flops(features, scores, normalizer, *, out_shape=None, **kwargs):
+def _flops(features, scores, *options, out_shape=None, **kwargs):
     return 2 * scores[2] * math.prod(out_shape)  # [N, G, K*K, S, S, H, W]
 
 
-def _flops_of_gradient(grad, *others, **kwargs):
-    scores = others[-2]  # the last but the normalizer
+def _flops_grad_features(grad, scores, *options, **kwargs):
     return 2 * scores[2] * math.prod(grad)
 
 
+def _flops_grad_weights(grad, features, scores, *options, **kwargs):
+    return 2 * scores[2] * math.prod(grad)
+
+
+_OPTIONS = 'str? normalizer, str border="zeros") -> Tensor'
 OPERATORS = {
-    'reassemble': (
-        '(Tensor features, Tensor scores, str? normalizer) -> Tensor',
-        _flops,
-    ),
+    'reassemble': (f'(Tensor features, Tensor scores, {_OPTIONS}', _flops),
     'reassemble_grad_features': (
-        '(Tensor grad, Tensor scores, str? normalizer) -> Tensor',
-        _flops_of_gradient,
+        f'(Tensor grad, Tensor scores, {_OPTIONS}',
+        _flops_grad_features,
     ),
     'reassemble_grad_weights': (
-        '(Tensor grad, Tensor features, Tensor scores, str? normalizer) '
-        '-> Tensor',
-        _flops_of_gradient,
+        f'(Tensor grad, Tensor features, Tensor scores, {_OPTIONS}',
+        _flops_grad_weights,
     ),
 }
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 #: What turns scores into weights; cpu.cpp has an enum in this order.
 NORMALIZERS = ('softmax', 'sigmoid_normalized', 'sigmoid', None)
+#: What becomes of taps outside the map; cpu.cpp has an enum in this order.
+BORDERS = ('zeros', 'renormalize')
 #: Of features and scores; cpu.cpp has an enum in this order.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,10 +34,11 @@ def carafe_from_logits(
     group_size=1,
     scale_factor=2,
     normalizer='softmax',
+    border='zeros',
 ):
     """See :func:`mmcarafe.ops.carafe_from_logits`."""
     scores = scores_from_logits(logits, kernel_size, group_size, scale_factor)
-    return reassemble(features, scores, normalizer)
+    return reassemble(features, scores, normalizer, border)
 
 
 def scores_from_masks(masks, kernel_size, group_size, scale_factor):
@@ -62,9 +65,9 @@ def scores_from_logits(logits, kernel_size, group_size, scale_factor):
     return logits.view(n, group_size, kernel_size**2, s, s, height, width)
 
 
-def reassemble(features, scores, normalizer):
+def reassemble(features, scores, normalizer, border='zeros'):
     """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``."""
-    w = normalize(accumulable(scores), normalizer)
+    w = normalize(exclude_outside(accumulable(scores), border), normalizer)
     out = empty_map(features, features.shape[1], scores.shape[3])
     x = _split_groups(features, w.shape[1])  # [N, G, C/G, H, W]
     y = _split_subpixels(out, w)  # [N, G, C/G, S, S, H, W]
@@ -78,9 +81,9 @@ def reassemble(features, scores, normalizer):
     return out
 
 
-def reassemble_grad_features(grad, scores, normalizer):
+def reassemble_grad_features(grad, scores, normalizer, border='zeros'):
     """Gather ``grad [N, C, S*H, S*W]`` back to ``[N, C, H, W]``."""
-    w = normalize(accumulable(scores), normalizer)
+    w = normalize(exclude_outside(accumulable(scores), border), normalizer)
     out = empty_map(grad, grad.shape[1], 1, w.shape[-2:])
     x = _split_groups(out, w.shape[1])  # [N, G, C/G, H, W]
     g = _split_subpixels(grad, w)  # [N, G, C/G, S, S, H, W]
@@ -94,10 +97,11 @@ def reassemble_grad_features(grad, scores, normalizer):
     return out
 
 
-def reassemble_grad_weights(grad, features, scores, normalizer):
+def reassemble_grad_weights(
+    grad, features, scores, normalizer, border='zeros'
+):
     """Correlate ``grad`` and features to ``[N, G, K*K, S, S, H, W]``."""
-    wide = accumulable(scores)
-    acc = torch.zeros_like(wide)
+    acc = torch.zeros_like(accumulable(scores))
     x = _split_groups(features, scores.shape[1])  # [N, G, C/G, H, W]
     g = _split_subpixels(grad, scores)  # [N, G, C/G, S, S, H, W]
     for c in range(0, x.shape[2], _CHUNK):
@@ -105,8 +109,43 @@ def reassemble_grad_weights(grad, features, scores, normalizer):
         g_c = accumulable(g[:, :, c : c + _CHUNK])
         for k, here, there in _taps(scores):
             acc[:, :, k][here] += (g_c[here] * x_c[there]).sum(2)
-    grad_scores = normalize_backward(acc, wide, normalizer)
+    grad_scores = normalize_backward(
+        acc, exclude_outside(accumulable(scores), border), normalizer
+    )
     return torch.empty_like(scores).copy_(grad_scores)
+
+
+def exclude_outside(scores, border, kernel_size=None):
+    """Scores that say what becomes of the taps outside of the map.
+
+    With border ``'renormalize'`` these score minus infinity, so they have no
+    share in a sum over the taps, and no weight; with ``'zeros'`` they keep
+    their score, and the zero that they read keeps its weight.
+
+    Args:
+        scores (Tensor[N, G, K*K, S, S, H, W]): of any taps.
+        border (str): one of :data:`BORDERS`.
+        kernel_size (int, optional): K, where the shape may be traced.
+    """
+    if border == 'zeros':
+        return scores
+    if border != 'renormalize':
+        raise unknown('border', border, BORDERS)
+    rows, columns = (
+        _is_inside(kernel_size or int(scores.shape[2] ** 0.5), length, scores)
+        for length in scores.shape[-2:]
+    )
+    inside = rows[:, None, :, None] & columns[None, :, None, :]  # [K, K, H, W]
+    inside = inside.flatten(0, 1)[:, None, None]  # [K*K, 1, 1, H, W]
+    return torch.where(inside, scores, float('-inf'))
+
+
+def _is_inside(kernel_size, length, like):
+    """Which taps of which pixels lie inside, in one direction: ``[K, L]``."""
+    pixel = torch.arange(length, device=like.device)
+    tap = torch.arange(kernel_size, device=like.device)[:, None]
+    read = pixel + tap - kernel_size // 2
+    return (read >= 0) & (read < length)
 
 
 def normalize(scores, normalizer):
@@ -120,7 +159,7 @@ def normalize(scores, normalizer):
         return scores.sigmoid()
     if normalizer is None:
         return scores
-    raise unknown_normalizer(normalizer)
+    raise unknown('normalizer', normalizer, NORMALIZERS)
 
 
 def normalize_backward(grad, scores, normalizer):
@@ -135,14 +174,12 @@ def normalize_backward(grad, scores, normalizer):
         return grad
     if normalizer == 'sigmoid_normalized':
         return grad * torch.sigmoid(-scores)
-    raise unknown_normalizer(normalizer)
+    raise unknown('normalizer', normalizer, NORMALIZERS)
 
 
-def unknown_normalizer(normalizer):
-    """The error for what is not one of :data:`NORMALIZERS`."""
-    return ValueError(
-        f'normalizer is {normalizer!r}, expected one of {NORMALIZERS}'
-    )
+def unknown(name, value, known):
+    """The error for a value that is not one of the known ones."""
+    return ValueError(f'{name} is {value!r}, expected one of {known}')
 
 
 def empty_map(like, channels, scale_factor, size=None):

@@ -194,7 +194,9 @@ def reassemble_grad_weights(grad, features, scores, normalizer):
 
 def _run(name, features, scores, tensors, normalizer):
     if normalizer not in reference.NORMALIZERS:
-        raise reference.unknown_normalizer(normalizer)
+        raise reference.unknown(
+            'normalizer', normalizer, reference.NORMALIZERS
+        )
     if scores.numel() == 0:
         return
     problem = Problem(

@@ -1,9 +1,16 @@
 """CARAFE as a module. Letters are those of :mod:`mmcarafe.ops.carafe`."""
 
+import torch
 from torch import Tensor, nn
 
 from mmcarafe.ops import carafe_from_logits
 from mmcarafe.ops.carafe import check_int, check_normalizer
+from mmcarafe.ops.reference import NORMALIZERS, unknown
+
+INITS = ('uniform', 'bilinear')
+#: Share of a pixel that the bilinear start adds to every tap, so that the
+#: gradient reaches all of them: 2.4 % of the weight of a 5×5 kernel together.
+FLOOR = 1e-3
 
 
 class CARAFE(nn.Module):
@@ -15,8 +22,8 @@ class CARAFE(nn.Module):
     :func:`mmcarafe.ops.carafe_from_logits` normalises these and reassembles
     the features.
 
-    Arguments, parameter names and initialisation are those of mmcv's
-    ``CARAFEPack``, so its state dicts load.
+    Arguments, parameter names and the default initialisation are those of
+    mmcv's ``CARAFEPack``, so its state dicts load.
 
     Args:
         channels (int): C.
@@ -32,6 +39,13 @@ class CARAFE(nn.Module):
             :func:`mmcarafe.ops.carafe_from_logits`.
         out_channels (int, optional): adds a 1×1 convolution to so many
             channels after the upsampling.
+        border (str): ``'zeros'``, as mmcv, or ``'renormalize'``, which keeps
+            the border of a map as bright as the rest: see
+            :func:`mmcarafe.ops.carafe_from_logits`. No weight depends on it.
+        init (str): what the first kernels are. ``'uniform'``, as mmcv: the
+            mean of the window, which blurs; ``'bilinear'``: those of bilinear
+            interpolation, of which :data:`FLOOR` is added to each tap; for
+            K >= 3.
     """
 
     def __init__(
@@ -45,6 +59,8 @@ class CARAFE(nn.Module):
         compressed_channels=64,
         normalizer='softmax',
         out_channels=None,
+        border='zeros',
+        init='uniform',
     ):
         super().__init__()
         check_int('channels', channels)
@@ -53,7 +69,13 @@ class CARAFE(nn.Module):
         check_int('up_group', up_group)
         check_int('encoder_kernel', encoder_kernel, odd=True)
         check_int('encoder_dilation', encoder_dilation)
-        check_normalizer(normalizer)
+        check_normalizer(normalizer, border)
+        if init not in INITS:
+            raise unknown('init', init, INITS)
+        if init == 'bilinear' and up_kernel < 3:
+            raise ValueError(
+                f"init is 'bilinear' and up_kernel {up_kernel}, expected >= 3"
+            )
         if channels % up_group:
             raise ValueError(
                 f'up_group is {up_group}, '
@@ -67,6 +89,8 @@ class CARAFE(nn.Module):
         self.up_kernel = up_kernel
         self.up_group = up_group
         self.normalizer = normalizer
+        self.border = border
+        self.init = init
         self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
         self.content_encoder = nn.Conv2d(
             compressed_channels,
@@ -83,15 +107,36 @@ class CARAFE(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Start near a uniform kernel: logits are N(0, 0.001) filtered.
+        """Start with the kernels that ``init`` names, and little noise.
 
-        A parent's ``init_weights`` calls this after its own ``init_cfg``.
+        The encoder's weights are N(0, 0.001); its bias decides. A parent's
+        ``init_weights`` calls this after its own ``init_cfg``.
         """
         init_xavier(self.channel_compressor)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
-        nn.init.zeros_(self.content_encoder.bias)
+        if self.init == 'bilinear':
+            self._init_bilinear()
+        else:
+            nn.init.zeros_(self.content_encoder.bias)
         if self.out_conv is not None:
             init_xavier(self.out_conv)
+
+    @torch.no_grad()
+    def _init_bilinear(self):
+        weights = bilinear_weights(self.up_kernel, self.scale_factor) + FLOOR
+        if self.normalizer == 'softmax':
+            logits = weights.log()
+        elif self.normalizer == 'sigmoid_normalized':
+            # any multiple of the weights will do, and a sigmoid is below one
+            logits = (weights / 2).logit()
+        elif self.normalizer == 'sigmoid':
+            logits = weights.clamp(max=1 - FLOOR).logit()
+        elif self.normalizer is None:
+            logits = weights
+        else:
+            raise unknown('normalizer', self.normalizer, NORMALIZERS)
+        bias = logits.expand(self.up_group, *logits.shape)
+        self.content_encoder.bias.copy_(bias.flatten())
 
     def forward(self, x: Tensor) -> Tensor:
         """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``.
@@ -107,14 +152,29 @@ class CARAFE(nn.Module):
             self.up_group,
             self.scale_factor,
             self.normalizer,
+            self.border,
         )
         return x if self.out_conv is None else self.out_conv(x)
 
     def extra_repr(self):
         return (
             f'scale_factor={self.scale_factor}, up_kernel={self.up_kernel}, '
-            f'up_group={self.up_group}, normalizer={self.normalizer!r}'
+            f'up_group={self.up_group}, normalizer={self.normalizer!r}, '
+            f'border={self.border!r}, init={self.init!r}'
         )
+
+
+def bilinear_weights(kernel_size: int, scale_factor: int) -> Tensor:
+    """The kernels of bilinear interpolation (``align_corners=False``).
+
+    Returns:
+        Tensor[K*K, S, S]: of each tap and subpixel; they sum to one.
+    """
+    subpixel = (torch.arange(scale_factor) + 0.5) / scale_factor - 0.5
+    tap = torch.arange(kernel_size) - kernel_size // 2
+    distance = (tap[:, None] - subpixel).abs()  # [K, S], in source pixels
+    weights = (1 - distance).clamp(min=0)
+    return torch.einsum('ai,bj->abij', weights, weights).flatten(0, 1)
 
 
 def init_xavier(conv: nn.Conv2d) -> None:

@@ -1,14 +1,21 @@
-"""The registry node that the prefix in ``type='mmcarafe.…'`` leads to."""
+"""The registry nodes that the prefix in ``type='mmcarafe.…'`` leads to."""
 
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 
 from mmengine.config import utils
+from mmengine.registry import METRICS as ROOT_METRICS
 from mmengine.registry import MODELS as ROOT
 from mmengine.registry import Registry
 
 MODELS = Registry(
     'model', parent=ROOT, scope='mmcarafe', locations=['mmcarafe.models']
+)
+METRICS = Registry(
+    'metric',
+    parent=ROOT_METRICS,
+    scope='mmcarafe',
+    locations=['mmcarafe.evaluation'],
 )
 
 HAS_MMDET = find_spec('mmdet') is not None

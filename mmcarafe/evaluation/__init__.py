@@ -1,0 +1,3 @@
+from mmcarafe.evaluation.boundary_iou import BoundaryIoUMetric
+
+__all__ = ['BoundaryIoUMetric']

@@ -1,0 +1,546 @@
+"""Which upsampler trains to the better model, and by how much.
+
+    python benchmarks/accuracy.py --data nuclei --task seg \\
+        --arms bilinear carafe --seeds 0 1 2 3 4 --iters 600 \\
+        --out work_dirs/accuracy/nuclei.jsonl
+    python benchmarks/accuracy.py report work_dirs/accuracy/nuclei.jsonl \\
+        --plot work_dirs/accuracy/nuclei.png
+
+Every arm, an upsampler by its name in ``UPSAMPLERS``, trains the small models
+of configs/nuclei or configs/shapes from scratch. All arms of a seed
+
+- start from the same weights: the layers that UPerHead or FPN has too are
+  copied from one reference model, and the upsamplers' own layers come from
+  random numbers that the seed alone decides;
+- see the same batches, crops and flips: before each iteration, all random
+  numbers are seeded from the seed and the number of the iteration;
+- are judged once, with the weights of the last iteration.
+
+So the difference between two arms of one seed owes little to luck, and the
+report rests on these paired differences. It stops where two lines of a pair
+were recorded with different starting weights or batches.
+
+The learning rate is the config's unless ``--lr`` is given, the same for all
+arms; it rises over the first tenth of the iterations and falls as a cosine to
+zero. Boundary IoU is that of bands of 2 pixels. COCO's scores come rounded to
+0.1.
+
+Runs are on the CPU with one thread each, ``--jobs`` at a time, so that two of
+one arm and seed are equal to the bit. Each finished run appends a line to
+``--out``; the next call with the same arguments skips what is there. An
+interrupted call loses only the runs under way.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
+
+import _cli  # noqa: E402
+import torch  # noqa: E402
+from bench_op import environment, version  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+from mmengine.hooks import Hook  # noqa: E402
+from mmengine.registry import METRICS, MODELS  # noqa: E402
+from mmengine.runner import Runner, set_random_seed  # noqa: E402
+from mmseg.evaluation import IoUMetric  # noqa: E402
+
+CARAFE = dict(type='mmcarafe.CARAFE')
+BOTH = dict(CARAFE, border='renormalize', init='bilinear')
+UPSAMPLERS = {
+    'nearest': dict(type='nearest'),
+    'bilinear': dict(type='bilinear'),
+    'deconv': dict(type='deconv'),
+    'carafe': CARAFE,
+    'carafe-border': dict(CARAFE, border='renormalize'),
+    'carafe-start': dict(CARAFE, init='bilinear'),
+    'carafe-both': BOTH,
+    # the content encoder of the paper's rule, K - 2
+    'carafe-both-k7': dict(BOTH, up_kernel=7, encoder_kernel=5),
+}
+# The baseline is the host's own class: UPerHead, FPN. It is the reference for
+# the starting weights too.
+TASKS = {
+    'seg': dict(
+        config='upernet-carafe_r18',
+        baseline='bilinear',
+        metrics={
+            'mIoU': 'mIoU',
+            'boundary/mIoU': 'boundary IoU',
+            'aAcc': 'pixel accuracy',
+        },
+    ),
+    'det': dict(
+        config='faster-rcnn_r18_fpn-carafe',
+        baseline='nearest',
+        metrics={
+            'coco/bbox_mAP': 'box AP',
+            'coco/bbox_mAP_50': 'AP50',
+            'coco/bbox_mAP_s': 'AP small',
+        },
+    ),
+}
+PLACES = ('ppm', 'fpn', 'fuse')  # of CARAFEUPerHead
+SAME_RUN = ('data', 'task', 'arm', 'seed', 'iters', 'lr')
+SAME_TABLE = ('data', 'task', 'iters', 'lr')
+WARMUP = 0.1  # share of the iterations
+BAND = 2  # pixels, of boundary IoU
+
+
+@METRICS.register_module()
+class UnroundedIoU(IoUMetric):
+    """mmseg's mIoU and pixel accuracy, which it rounds to 0.01."""
+
+    default_prefix = ''
+
+    def compute_metrics(self, results):
+        areas = [sum(x.double() for x in each) for each in zip(*results)]
+        scores = self.total_area_to_metrics(*areas)
+        return {
+            'mIoU': 100 * float(np.nanmean(scores['IoU'])),
+            'aAcc': 100 * float(scores['aAcc']),
+        }
+
+
+class Pairing(Hook):
+    """Make a run differ from the others of its seed by the upsampler alone.
+
+    Args:
+        reference (dict): config of the model that has only shared layers.
+        seed (int): of the run.
+
+    ``start`` and ``batches`` are hashes of the shared layers' first weights
+    and of all batches so far.
+    """
+
+    def __init__(self, reference, seed):
+        self.reference = reference
+        self.seed = seed
+        self.start = None
+        self.batches = None
+
+    def before_train(self, runner):
+        set_random_seed(self.seed)
+        reference = MODELS.build(self.reference)
+        reference.init_weights()
+        self.start = copy_weights(reference, runner.model)
+        self._hash = hashlib.sha256()
+        self._seed_iteration(0)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        for x in data_batch['inputs']:
+            self._hash.update(x.numpy().tobytes())
+        for sample in data_batch['data_samples']:
+            if 'gt_sem_seg' in sample:
+                truth = [sample.gt_sem_seg.data]
+            else:
+                boxes = sample.gt_instances.bboxes
+                truth = [
+                    getattr(boxes, 'tensor', boxes),
+                    sample.gt_instances.labels,
+                ]
+            for x in truth:
+                self._hash.update(x.numpy().tobytes())
+        self.batches = self._hash.hexdigest()
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        # The detectors draw random samples, as many as their guesses decide,
+        # and the next batch is loaded after this.
+        self._seed_iteration(runner.iter + 1)
+
+    def _seed_iteration(self, number):
+        sequence = np.random.SeedSequence([self.seed, number])
+        set_random_seed(int(sequence.generate_state(1)[0]))
+
+
+def copy_weights(reference, model):
+    """Give the model each weight and statistic of the reference.
+
+    Returns:
+        str: hash of what was copied, as the model has it then.
+
+    Raises:
+        RuntimeError: the model lacks one, or has it in another shape.
+    """
+    shared = reference.state_dict()
+    own = model.state_dict()
+    for name, value in shared.items():
+        if name not in own:
+            raise RuntimeError(f'the model has no {name}, the reference has')
+        if own[name].shape != value.shape:
+            raise RuntimeError(
+                f'{name} is {tuple(own[name].shape)} in the model, expected '
+                f"the reference's {tuple(value.shape)}"
+            )
+    model.load_state_dict(shared, strict=False)
+    own = model.state_dict()
+    return digest({name: own[name] for name in shared})
+
+
+def digest(state):
+    """Hash of names and values of a state dict."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        sha.update(name.encode())
+        sha.update(state[name].cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def configure(args, arm, seed=0, work_dir='work_dirs'):
+    """The project's config with an arm's upsampler, and this schedule."""
+    task = TASKS[args.task]
+    name = f'{task["config"]}_{args.data}.py'
+    cfg = Config.fromfile(ROOT / 'configs' / args.data / name)
+    upsampler, _, places = arm.partition('@')
+    places = places.split('+') if places else PLACES
+    if args.task == 'seg':
+        head = cfg.model.decode_head
+        for place in PLACES:
+            head[f'{place}_upsample_cfg'] = (
+                UPSAMPLERS[upsampler] if place in places else None
+            )
+        if arm == task['baseline']:
+            head.type = 'UPerHead'
+            for place in PLACES:
+                del head[f'{place}_upsample_cfg']
+    else:
+        neck = cfg.model.neck
+        neck.upsample_cfg = UPSAMPLERS[upsampler]
+        if arm == task['baseline']:
+            neck.type = 'FPN'
+            del neck.upsample_cfg
+
+    cfg.work_dir = str(work_dir)
+    # mmengine keeps what has the same name in one process
+    cfg.experiment_name = f'{arm}_{seed}_{time.time_ns()}'
+    cfg.launcher = 'none'
+    cfg.log_level = 'WARNING'
+    cfg.log_processor.by_epoch = False
+    cfg.randomness = dict(seed=seed)
+    cfg.default_hooks.checkpoint = None
+    del cfg.default_hooks.visualization
+
+    root = str(args.data_root)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.data_root = root + '/'
+        loader.num_workers = 0
+        loader.persistent_workers = False
+    cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
+    cfg.test_dataloader = cfg.val_dataloader
+    if args.task == 'seg':
+        cfg.test_evaluator = [
+            dict(type='UnroundedIoU'),
+            dict(type='mmcarafe.BoundaryIoUMetric', width=BAND),
+        ]
+    else:
+        ann_file = cfg.val_dataloader.dataset.ann_file
+        cfg.test_evaluator.ann_file = f'{root}/{ann_file}'
+    cfg.test_cfg = dict(type='TestLoop')
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=args.iters)
+    if args.lr is not None:
+        cfg.optim_wrapper.optimizer.lr = args.lr
+    cfg.param_scheduler = [
+        dict(
+            type='LinearLR',
+            start_factor=0.01,
+            by_epoch=False,
+            end=max(2, round(WARMUP * args.iters)),
+        ),
+        dict(
+            type='CosineAnnealingLR',
+            eta_min=0,
+            by_epoch=False,
+            end=args.iters,
+        ),
+    ]
+    return cfg
+
+
+def train(args, arm, seed):
+    """Train and test one arm with one seed; gives the line to record."""
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    machine = environment(torch.device('cpu'))
+    baseline = configure(args, TASKS[args.task]['baseline'])
+    with tempfile.TemporaryDirectory() as work_dir:
+        cfg = configure(args, arm, seed, work_dir)
+        runner = Runner.from_cfg(cfg)
+        pairing = Pairing(baseline.model, seed)
+        runner.register_hook(pairing)
+        runner.train()
+        training = time.monotonic() - began
+        weights = digest(runner.model.state_dict())
+        scores = runner.test()
+    unit = 100 if args.task == 'det' else 1
+    metrics = {}
+    for key, name in TASKS[args.task]['metrics'].items():
+        # COCO says -1 where there is nothing to find
+        known = math.isfinite(scores[key]) and scores[key] >= 0
+        metrics[name] = round(unit * scores[key], 4) if known else None
+    packages = ('numpy', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation')
+    return {
+        **run_key(args, arm, seed),
+        'metrics': metrics,
+        'seconds': round(time.monotonic() - began, 1),
+        'seconds_training': round(training, 1),
+        'weights': weights,
+        'start': pairing.start,
+        'batches': pairing.batches,
+        'batch_size': cfg.train_dataloader.batch_size,
+        'upsampler': UPSAMPLERS[arm.partition('@')[0]],
+        'optim_wrapper': cfg.optim_wrapper.to_dict(),
+        'param_scheduler': [dict(each) for each in cfg.param_scheduler],
+        'environment': {
+            **machine,
+            **{name: version(name) for name in packages},
+        },
+    }
+
+
+def run_key(args, arm, seed):
+    values = (args.data, args.task, arm, seed, args.iters, args.lr)
+    return dict(zip(SAME_RUN, values))
+
+
+def key_of(record, names=SAME_RUN):
+    return tuple(record[name] for name in names)
+
+
+def parse_lines(content, path):
+    """The records, and how many bytes a torn last line has."""
+    *lines, torn = content.split(b'\n')
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            key_of(record)
+        except (ValueError, KeyError, TypeError) as error:
+            _cli.fail(
+                f'{path}, line {number}: expected a record of this program, '
+                f'got {line[:40]!r} ({type(error).__name__}: {error})'
+            )
+        records.append(record)
+    if torn:
+        print(f'{path}: the torn last line is left out', flush=True)
+    return records, len(torn)
+
+
+def read_records(path):
+    if not path.exists():
+        return []
+    return parse_lines(path.read_bytes(), path)[0]
+
+
+def append(record, path):
+    """Write a whole line, once, after what other processes have written."""
+    line = json.dumps(record, allow_nan=False).encode() + b'\n'
+    with open(path, 'a+b', buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        content = file.read()
+        records, torn = parse_lines(content, path)
+        if torn:
+            file.truncate(len(content) - torn)
+        if key_of(record) in map(key_of, records):
+            return  # another process was faster
+        if file.write(line) != len(line):
+            raise OSError(f'{path}: a line could not be written whole')
+        os.fsync(file)
+
+
+def command(args, arm, seed):
+    """What trains one arm with one seed in a process of its own."""
+    return [
+        *(sys.executable, __file__, '--data', args.data, '--task', args.task),
+        *('--data-root', str(args.data_root), '--out', str(args.out)),
+        *('--arms', arm, '--seeds', str(seed), '--iters', str(args.iters)),
+        *('--lr', repr(args.lr), '--jobs', '0'),
+    ]
+
+
+def run_here(args, todo):
+    for arm, seed in todo:
+        append(train(args, arm, seed), args.out)
+
+
+def run_processes(args, todo):
+    """Run all, ``args.jobs`` at a time; gives the names of those that fail."""
+    env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    waiting, running, failed = list(todo), {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                arm, seed = waiting.pop(0)
+                log = tempfile.TemporaryFile('w+')
+                process = subprocess.Popen(
+                    command(args, arm, seed),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                )
+                running[process] = arm, seed, log
+            time.sleep(0.2)
+            for process in [p for p in running if p.poll() is not None]:
+                arm, seed, log = running.pop(process)
+                name = f'{arm} with seed {seed}'
+                left = len(waiting) + len(running)
+                if process.returncode:
+                    failed.append(name)
+                    log.seek(0)
+                    tail = ''.join(log.readlines()[-20:])
+                    print(
+                        f'{name} failed with exit code {process.returncode}; '
+                        f'the end of its output:\n{tail}',
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                show_progress(args, name, arm, seed, len(todo), left)
+                log.close()
+    finally:
+        for process in running:
+            process.terminate()
+        for process, (*_, log) in running.items():
+            process.wait()
+            log.close()
+    return failed
+
+
+def show_progress(args, name, arm, seed, total, left):
+    """One line: what was done, its scores, and the time left."""
+    records = {key_of(r): r for r in read_records(args.out)}
+    done = records.get(tuple(run_key(args, arm, seed).values()))
+    text = 'failed'
+    if done:
+        scores = ', '.join(
+            f'{key} {format_score(value)}'
+            for key, value in done['metrics'].items()
+        )
+        text = f'{scores}, {done["seconds"]:.0f} s'
+    like = (args.data, args.task, args.iters)
+    seconds = [
+        r['seconds']
+        for r in records.values()
+        if key_of(r, ('data', 'task', 'iters')) == like
+    ]
+    rest = 'unknown'
+    if seconds:
+        rounds = math.ceil(left / args.jobs)
+        rest = f'{statistics.mean(seconds) * rounds / 60:.0f} min'
+    print(
+        f'[{total - left}/{total}] {name}: {text}; time left: {rest}',
+        flush=True,
+    )
+
+
+def format_score(value):
+    return '–' if value is None else f'{value:.2f}'
+
+
+def check(args):
+    """Find what the user can mend before anything is written."""
+    for name, values in (('arms', args.arms), ('seeds', args.seeds)):
+        twice = {x for x in values if values.count(x) > 1}
+        if twice:
+            _cli.fail(f'--{name}: {min(twice)} is given twice')
+    if min(args.seeds) < 0:
+        _cli.fail(f'--seeds: {min(args.seeds)}, expected 0 or more')
+    if args.iters < 1:
+        _cli.fail(f'--iters: {args.iters}, expected at least 1')
+    if args.jobs < 0:
+        _cli.fail(f'--jobs: {args.jobs}, expected 0 or more')
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        _cli.fail(f'--lr: {args.lr}, expected more than 0')
+    for arm in args.arms:
+        upsampler, at, places = arm.partition('@')
+        if upsampler not in UPSAMPLERS:
+            _cli.fail(f'--arms: {upsampler}, expected {", ".join(UPSAMPLERS)}')
+        if at and args.task != 'seg':
+            _cli.fail(f'--arms: {arm}, but only --task seg has places')
+        if at and not set(places.split('+')) <= set(PLACES):
+            _cli.fail(
+                f'--arms: {arm}, expected places out of '
+                f'{", ".join(PLACES)}, joined by +'
+            )
+    args.out = args.out.resolve()
+    args.data_root = (args.data_root or ROOT / 'data' / args.data).resolve()
+    cfg = configure(args, args.arms[0])
+    args.lr = float(cfg.optim_wrapper.optimizer.lr)
+    for split in ('train', 'test'):
+        _cli.check_data(cfg, split)
+    for arm in args.arms:
+        _cli.check_model(configure(args, arm))
+
+
+def run(argv):
+    parser = argparse.ArgumentParser(
+        description='Train arms with paired seeds.',
+        epilog='accuracy.py report FILE compares what was recorded.',
+    )
+    parser.add_argument('--data', choices=('nuclei', 'shapes'), required=True)
+    parser.add_argument('--task', choices=tuple(TASKS), required=True)
+    parser.add_argument(
+        '--data-root', type=Path, help='default: data/ and the name of --data'
+    )
+    parser.add_argument(
+        '--arms',
+        nargs='+',
+        required=True,
+        metavar='ARM',
+        help=f'{", ".join(UPSAMPLERS)}; for --task seg also with places, as '
+        'carafe@ppm+fuse: the others stay bilinear',
+    )
+    parser.add_argument('--seeds', type=int, nargs='+', required=True)
+    parser.add_argument('--iters', type=int, required=True)
+    parser.add_argument(
+        '--out', type=Path, required=True, help='json lines, appended to'
+    )
+    parser.add_argument('--lr', type=float, help="default: the config's")
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=2,
+        help='processes at a time, one core each; 0: in this process, one '
+        'after the other (default: 2)',
+    )
+    args = parser.parse_args(argv)
+    warnings.simplefilter('ignore')  # what the host projects deprecate
+    check(args)
+    done = set(map(key_of, read_records(args.out)))
+    # A seed's arms follow each other, so that its pairs are soon complete.
+    todo = [
+        (arm, seed)
+        for seed in args.seeds
+        for arm in args.arms
+        if tuple(run_key(args, arm, seed).values()) not in done
+    ]
+    total = len(args.arms) * len(args.seeds)
+    print(f'{total - len(todo)} of {total} runs are there', flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if not args.jobs:
+        run_here(args, todo)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failed = run_processes(args, todo)
+    if failed:
+        _cli.fail(f'{len(failed)} of {len(todo)} runs failed: {failed}')
+
+
+if __name__ == '__main__':
+    run(sys.argv[1:])

@@ -49,10 +49,18 @@ val_dataloader = dict(
         data_prefix=dict(img='images/val/'),
         pipeline=[
             dict(type='LoadImageFromFile'),
+            # mmdet's heads ask for the scale factor that only Resize notes.
+            dict(type='Resize', scale_factor=1.0),
             dict(type='LoadAnnotations', with_bbox=True),
             dict(
                 type='PackDetInputs',
-                meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape'),
+                meta_keys=(
+                    'img_id',
+                    'img_path',
+                    'ori_shape',
+                    'img_shape',
+                    'scale_factor',
+                ),
             ),
         ],
         **dataset,

@@ -52,6 +52,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
 
 import _cli  # noqa: E402
+import accuracy_report  # noqa: E402
 import torch  # noqa: E402
 from bench_op import environment, version  # noqa: E402
 from mmengine.config import Config  # noqa: E402
@@ -97,7 +98,6 @@ TASKS = {
 }
 PLACES = ('ppm', 'fpn', 'fuse')  # of CARAFEUPerHead
 SAME_RUN = ('data', 'task', 'arm', 'seed', 'iters', 'lr')
-SAME_TABLE = ('data', 'task', 'iters', 'lr')
 WARMUP = 0.1  # share of the iterations
 BAND = 2  # pixels, of boundary IoU
 
@@ -228,6 +228,7 @@ def configure(args, arm, seed=0, work_dir='work_dirs'):
     cfg.work_dir = str(work_dir)
     # mmengine keeps what has the same name in one process
     cfg.experiment_name = f'{arm}_{seed}_{time.time_ns()}'
+    cfg.visualizer.name = cfg.experiment_name
     cfg.launcher = 'none'
     cfg.log_level = 'WARNING'
     cfg.log_processor.by_epoch = False
@@ -488,7 +489,7 @@ def check(args):
         _cli.check_model(configure(args, arm))
 
 
-def run(argv):
+def parse(argv):
     parser = argparse.ArgumentParser(
         description='Train arms with paired seeds.',
         epilog='accuracy.py report FILE compares what was recorded.',
@@ -519,7 +520,10 @@ def run(argv):
         help='processes at a time, one core each; 0: in this process, one '
         'after the other (default: 2)',
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def run(args):
     warnings.simplefilter('ignore')  # what the host projects deprecate
     check(args)
     done = set(map(key_of, read_records(args.out)))
@@ -542,5 +546,51 @@ def run(argv):
         _cli.fail(f'{len(failed)} of {len(todo)} runs failed: {failed}')
 
 
+def report(argv):
+    parser = argparse.ArgumentParser(
+        prog='accuracy.py report',
+        description='Compare the arms with the baseline, seed by seed.',
+    )
+    parser.add_argument('files', type=Path, nargs='+', metavar='FILE')
+    parser.add_argument(
+        '--baseline',
+        metavar='ARM',
+        help='default: bilinear for --task seg, nearest for det',
+    )
+    parser.add_argument('--json', type=Path, help='write the figures here')
+    parser.add_argument('--plot', type=Path, help='draw the differences here')
+    args = parser.parse_args(argv)
+    records = []
+    for path in args.files:
+        if not path.is_file():
+            _cli.fail(f'there is no file {path}')
+        records += read_records(path)
+    if not records:
+        _cli.fail(f'{args.files[0]} holds no finished run')
+    arms = sorted({record['arm'] for record in records})
+    if args.baseline and args.baseline not in arms:
+        _cli.fail(f'--baseline: {args.baseline}, expected {", ".join(arms)}')
+    baselines = {
+        name: args.baseline or task['baseline'] for name, task in TASKS.items()
+    }
+    try:
+        groups = accuracy_report.summarize(records, baselines)
+        if args.plot:
+            accuracy_report.plot(groups, args.plot)
+    except ValueError as error:
+        _cli.fail(error)
+    if args.json:
+        text = json.dumps(groups, indent=1, allow_nan=False)
+        args.json.write_text(text + '\n')
+    print(accuracy_report.table(groups))
+
+
+def main(argv):
+    if argv[:1] == ['report']:
+        report(argv[1:])
+    else:
+        run(parse(argv))
+
+
 if __name__ == '__main__':
-    run(sys.argv[1:])
+    main(sys.argv[1:])

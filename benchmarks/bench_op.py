@@ -23,8 +23,8 @@ that the others are compared with there.
 """
 
 import argparse
+import colorsys
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -36,13 +36,14 @@ from functools import partial
 from pathlib import Path
 
 # torch's profiler, which counts the memory, otherwise logs each start and stop
-os.environ.setdefault('KINETO_LOG_LEVEL', '5')
+os.environ.setdefault('KINETO_LOG_LEVEL', '6')
 
 import gpu_baselines  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import mmcarafe  # noqa: E402
+from mmcarafe.__main__ import PACKAGES, version  # noqa: E402
 from mmcarafe.ops import carafe_from_logits, reference  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +212,8 @@ def measure(shape, dtype, device, memory_format, budget, mmcv=None):
                 grad = torch.randn_like(function(*tensors))
                 run = partial(run_pass, function, tensors, grad)
                 run()  # warm up
-                kept[name] = kept_memory(function, tensors)
+                if pass_name != 'forward':
+                    kept[name] = kept_memory(function, tensors)
             except Exception as error:
                 error = f'{type(error).__name__}: {error}'
                 print(f'{name}, {pass_name}: {error}', flush=True)
@@ -255,14 +257,9 @@ def measure(shape, dtype, device, memory_format, budget, mmcv=None):
     return results
 
 
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def environment(device):
+    """What was measured, on what, and with which versions."""
+
     def git(*arguments):
         try:
             done = subprocess.run(
@@ -292,11 +289,11 @@ def environment(device):
         'driver': gpu_baselines.driver() if device.type == 'cuda' else None,
         'cuda': torch.version.cuda,
         'cudnn': torch.backends.cudnn.version(),
-        'triton': version('triton'),
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),
         'torch': torch.__version__,
         'mmcarafe': mmcarafe.__version__,
+        'packages': [version(packages) for packages in PACKAGES],
     }
 
 
@@ -339,6 +336,24 @@ def table(report):
     return '\n'.join(lines) + '\n'
 
 
+def colours(names):
+    """A hue for each kind of method, paler from one variant to the next.
+
+    The kind is what stands before the comma: 'CARAFE, bf16' is a variant of
+    CARAFE. Those of a kind follow each other.
+    """
+    kinds = {'CARAFE': []}
+    for name in names:
+        kinds.setdefault(name.split(',')[0], []).append(name)
+    found = {}
+    for i, variants in enumerate(kinds.values()):
+        hue = 0.07 + i / len(kinds)  # from orange, which is CARAFE's, around
+        for j, name in enumerate(variants):
+            saturation = 0.85 - 0.7 * j / len(variants)
+            found[name] = colorsys.hsv_to_rgb(hue % 1, saturation, 0.85)
+    return found
+
+
 def plot(report, path):
     import matplotlib
 
@@ -346,26 +361,26 @@ def plot(report, path):
     from matplotlib import pyplot as plt
 
     results = [r for r in report['results'] if 'seconds' in r]
-    names = list(dict.fromkeys(r['method'] for r in results))
+    colour_of = colours(dict.fromkeys(r['method'] for r in results))
     shapes = list(dict.fromkeys(r['shape'] for r in results))
     figure, axes = plt.subplots(
         2, 1, figsize=(11, 8), sharex=True, layout='constrained'
     )
-    width = 0.9 / len(names)
+    width = 0.9 / len(colour_of)
     for axis, pass_name in zip(axes, PASSES):
-        for i, name in enumerate(names):
+        for i, (name, colour) in enumerate(colour_of.items()):
             here = [
                 r
                 for r in results
                 if r['method'] == name and r['pass'] == pass_name
             ]
-            aside = (i - (len(names) - 1) / 2) * width
+            aside = (i - (len(colour_of) - 1) / 2) * width
             axis.bar(
                 [shapes.index(r['shape']) + aside for r in here],
                 [r['seconds'] * 1e3 for r in here],
                 width=width,
                 label=name,
-                color=plt.get_cmap('tab20')(i),
+                color=colour,
             )
         axis.set_yscale('log')
         axis.set_ylabel('milliseconds')
@@ -388,6 +403,10 @@ def tests_pass(device):
         tests = ['-m', 'gpu', 'tests/test_ops_triton.py']
     command = [sys.executable, '-m', 'pytest', '-q', *tests]
     return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def fail(message):
+    raise SystemExit(f'error: {message}')
 
 
 def main():
@@ -429,18 +448,18 @@ def main():
         torch.set_num_threads(args.threads)
     on_gpu = args.device.type == 'cuda'
     if on_gpu and not torch.cuda.is_available():
-        parser.error('--device is cuda, but torch finds no GPU')
+        fail('--device is cuda, but torch finds no GPU')
     if args.mmcv_src and not (args.mmcv_src / 'mmcv/ops/csrc').is_dir():
-        parser.error(f'--mmcv-src: there is no {args.mmcv_src}/mmcv/ops/csrc')
+        fail(f'--mmcv-src: there is no {args.mmcv_src}/mmcv/ops/csrc')
     shapes = GPU_SHAPES if on_gpu else CPU_SHAPES
     for name in args.shapes or []:
         if name not in shapes:
-            parser.error(f'--shapes: {name} is not measured on a GPU')
+            fail(f'--shapes: {name} is not measured on a GPU')
     if on_gpu:
         torch.cuda.set_device(args.device.index or 0)
     mmcv = gpu_baselines.find_mmcv(args.mmcv_src) if on_gpu else None
     if not args.tests_passed and not tests_pass(args.device):
-        sys.exit("The operator's tests fail, so nothing is measured.")
+        fail("the operator's tests fail, so nothing is measured")
     torch.manual_seed(0)
     report = {
         'environment': environment(args.device),
@@ -471,9 +490,10 @@ def main():
     (args.out / 'table.md').write_text(table(report))
     plot(report, args.out / 'plot.png')
     print(table(report))
+    print(f'written: {args.out}/results.json, table.md and plot.png')
     failed = {r['method'] for r in report['results'] if 'error' in r}
     if failed:
-        sys.exit(f'These failed: {", ".join(sorted(failed))}.')
+        fail(f'these failed: {", ".join(sorted(failed))}')
 
 
 if __name__ == '__main__':

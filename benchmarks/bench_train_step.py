@@ -1,21 +1,24 @@
 """Time of a whole training step of Faster R-CNN, with CARAFE and without.
 
-    python benchmarks/bench_train_step.py
+    python benchmarks/bench_train_step.py --out work_dirs/bench_train_step
 
 One random image with ten boxes, forward, backward and SGD. The two models
-take turns; medians are reported, and their ratio.
+take turns; medians are reported, and their ratio. Writes ``results.json``
+(with machine, versions and commit) to the folder given.
 """
 
 import argparse
+import json
 import statistics
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from bench_op import environment
+from bench_op import environment, fail
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,13 +48,22 @@ def build(upsampler, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--out', type=Path, default='work_dirs/bench_train_step'
+    )
     parser.add_argument('--device', type=torch.device, default='cpu')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument(
         '--shape', type=int, nargs=2, default=(800, 1333), metavar=('H', 'W')
     )
     args = parser.parse_args()
+    if args.rounds < 1:
+        fail(f'--rounds is {args.rounds}, expected an int >= 1')
+    if args.device.type == 'cuda' and not torch.cuda.is_available():
+        fail('--device is cuda, but torch finds no GPU')
     warnings.simplefilter('ignore')
+    # init_weights would log a paragraph for each parameter
+    MMLogger.get_instance('bench', log_level='WARNING')
     steps = {
         name: build(name, args.device)
         for name in ('nearest', 'mmcarafe.CARAFE')
@@ -78,6 +90,22 @@ def main():
         spread = f'{min(times[name]):.3f} to {max(times[name]):.3f}'
         ratio = seconds / medians['nearest']
         print(f'{name:16} {seconds:.3f} s ({spread}), {ratio:.3f}×')
+    report = {
+        'environment': env,
+        'image': args.shape,
+        'results': [
+            {
+                'upsampler': name,
+                'seconds': seconds,
+                'all_seconds': times[name],
+            }
+            for name, seconds in medians.items()
+        ],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / 'results.json'
+    path.write_text(json.dumps(report, indent=1) + '\n')
+    print(f'written: {path}')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,9 @@
 """What the benchmark compares computes the same, also what only GPUs run."""
 
+import colorsys
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,7 +109,11 @@ def test_report(bench_op, tmp_path, monkeypatch):
     assert len(results) == len(bench_op.PASSES) * len(names)
     for result in results:
         assert result['seconds'] > 0, result
-        assert result['peak_bytes'] > 0 and result['kept_bytes'] >= 0
+        assert result['peak_bytes'] > 0
+        if result['pass'] == 'forward':  # which keeps nothing
+            assert result['kept_bytes'] is None
+        else:
+            assert result['kept_bytes'] >= 0
     report = {
         'environment': bench_op.environment(device),
         'dtype': 'float32',
@@ -151,7 +158,7 @@ def test_a_method_that_fails(name, bench_op, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench_op, 'CPU_SHAPES', {'small': (1, 8, 5, 6)})
     arguments = ['', '--out', str(tmp_path), '--budget', '0']
     monkeypatch.setattr('sys.argv', arguments)
-    with pytest.raises(SystemExit, match=f'These failed: {name}.'):
+    with pytest.raises(SystemExit, match=f'^error: these failed: {name}$'):
         bench_op.main()
     printed, _ = capsys.readouterr()
     assert f'{name}, forward: RuntimeError: no such kernel' in printed
@@ -159,3 +166,65 @@ def test_a_method_that_fails(name, bench_op, monkeypatch, capsys, tmp_path):
     results = json.loads((tmp_path / 'results.json').read_text())['results']
     assert {r['method'] for r in results if 'seconds' in r} >= {'CARAFE'}
     assert (tmp_path / 'plot.png').exists()
+    written = f'written: {tmp_path}/results.json, table.md and plot.png'
+    assert written in printed.splitlines()
+
+
+def test_variants_of_carafe_are_shades_of_one_hue(bench_op):
+    features = torch.randn(1, 8, 5, 6)
+    names = [*all_methods(bench_op, features, bench_op.methods), bench_op.COPY]
+    colours = bench_op.colours(names)
+    assert set(colours) == set(names)
+    assert len(set(colours.values())) == len(names)
+    hues = {name: colorsys.rgb_to_hsv(*c)[0] for name, c in colours.items()}
+    carafe = hues['CARAFE']
+    for name, hue in hues.items():
+        apart = abs(hue - carafe)
+        if name.startswith('CARAFE'):
+            assert apart < 1e-6
+        else:
+            assert 0.1 < apart < 0.9, name  # of the circle of all hues
+
+
+def test_the_profiler_logs_nothing():
+    code = (
+        'import bench_op, torch\n'
+        "device = torch.device('cpu')\n"
+        'print(bench_op.peak_memory(lambda: torch.ones(9), device))\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=ROOT / 'benchmarks',
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(9 * 4)
+    assert done.stderr == ''
+
+
+def test_train_step_leaves_its_report(bench_op, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('mmdet')
+    import bench_train_step
+
+    arguments = ['', '--rounds', '1', '--shape', '64', '64', '--out']
+    monkeypatch.setattr('sys.argv', [*arguments, str(tmp_path)])
+    bench_train_step.main()
+    report = json.loads((tmp_path / 'results.json').read_text())
+    assert report['environment'] == bench_op.environment(torch.device('cpu'))
+    assert report['image'] == [64, 64]
+    for result in report['results']:
+        assert result['all_seconds'] == [result['seconds']]
+    upsamplers = [result['upsampler'] for result in report['results']]
+    assert upsamplers == ['nearest', 'mmcarafe.CARAFE']
+    printed, _ = capsys.readouterr()
+    assert f'written: {tmp_path}/results.json' in printed.splitlines()
+    assert len(printed.splitlines()) == 4  # one for machine and each model
+
+
+def test_train_step_wants_a_round(bench_op, monkeypatch):
+    pytest.importorskip('mmdet')
+    import bench_train_step
+
+    monkeypatch.setattr('sys.argv', ['', '--rounds', '0'])
+    with pytest.raises(SystemExit, match='^error: --rounds is 0, expected'):
+        bench_train_step.main()

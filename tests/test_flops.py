@@ -27,7 +27,7 @@ REASSEMBLY = 2 * TAPS * C
 
 def run_tool(name, *args):
     return subprocess.run(
-        [sys.executable, f'tools/analysis/{name}.py', *args],
+        [sys.executable, '-W', 'ignore', f'tools/analysis/{name}.py', *args],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -185,6 +185,16 @@ def test_get_flops_of_a_cascade():
     assert 'FLOPs' in output_of('get_flops', path, '--shape', '64', '96')
 
 
+def test_get_flops_of_a_changed_config():
+    pytest.importorskip('mmseg')
+    plain = 'model.decode_head.type=UPerHead'
+    output = output_of('get_flops', CARAFE_UPERNET, '--cfg-options', plain)
+    assert output == output_of(
+        'get_flops', 'configs/shapes/upernet_r18_shapes.py'
+    )
+    assert output != output_of('get_flops', CARAFE_UPERNET)
+
+
 @pytest.mark.parametrize(
     'tool, args, message',
     [
@@ -197,9 +207,22 @@ def test_get_flops_of_a_cascade():
             ['configs/shapes/upernet_r18_shapes.py'],
             'decode_head.type is UPerHead',
         ),
+        (
+            'get_flops',
+            [CARAFE_FPN, '--cfg-options', 'modle.neck.type=FPN'],
+            'the config has no modle, did you mean model?',
+        ),
+        (
+            'upernet_table',
+            ['--cfg-options', 'model.decode_head.chanels=64'],
+            "unexpected keyword argument 'chanels'",
+        ),
+        ('summarize', ['missing'], 'missing is not a folder'),
     ],
 )
 def test_mistakes_end_in_one_line(tool, args, message):
     process = run_tool(tool, *args)
-    assert process.returncode == 2
-    assert message in process.stderr.splitlines()[-1]
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith('error: ') and message in line
+    assert not process.stdout

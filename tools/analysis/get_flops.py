@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a detector or a segmentor at inference.
+r"""Parameters and FLOPs of a detector or a segmentor at inference.
 
 Counted are convolutions, matrix products and CARAFE's weighted sums, a
 multiply-add as 2 FLOPs, for one image. Left out are biases, normalisation,
@@ -8,22 +8,24 @@ only training uses. A two-stage detector gets as many proposals as its
 
 Usage::
 
-    python tools/analysis/get_flops.py CONFIG [--shape H W]
+    python tools/analysis/get_flops.py CONFIG [--shape H W] \
+        [--cfg-options KEY=VALUE ...]
 """
 
 import argparse
 import copy
 import math
+import sys
 import warnings
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import BaseDataElement, InstanceData
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmcarafe.registry  # noqa: F401  (so that mmseg:: is found)
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # tools, for _cli
+from _cli import CFG_OPTIONS, fail, mendable, read_config  # noqa: E402
 
 
 def build(cfg):
@@ -35,7 +37,7 @@ def build(cfg):
     cfg = copy.deepcopy(cfg)  # building writes into it
     if 'auxiliary_head' in cfg:
         cfg.update(auxiliary_head=None)
-    with warnings.catch_warnings():
+    with mendable('model'), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # mmseg's, about its own losses
         return MODELS.build(cfg).eval()
 
@@ -82,8 +84,8 @@ def parse_args(description, config=None):
         config (Path, optional): the default.
 
     Returns:
-        tuple[Config, list[int], Callable]: the config, height and width of
-        the image as the model gets it, and what reports a mistake.
+        tuple[Config, list[int]]: the config, and height and width of the
+        image as the model gets it.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
@@ -100,28 +102,24 @@ def parse_args(description, config=None):
         help="height and width of the image, which are rounded up to mmdet's "
         'pad_size_divisor (default: 800 1333 for mmdet, 512 512 for mmseg)',
     )
+    parser.add_argument('--cfg-options', **CFG_OPTIONS)
     args = parser.parse_args()
-    if not Path(args.config).is_file():
-        parser.error(f'config: there is no file {args.config}')
-    cfg = Config.fromfile(args.config)
-    for key in ('model', 'default_scope'):
-        if not cfg.get(key):
-            parser.error(f'config {args.config} has no {key}')
+    cfg = read_config(args, 'model', 'default_scope')
     is_mmseg = cfg.default_scope == 'mmseg'
     shape = args.shape or ([512, 512] if is_mmseg else [800, 1333])
     if min(shape) < 1:
-        parser.error(f'--shape is {shape}, expected two ints >= 1')
+        fail(f'--shape is {shape}, expected two ints >= 1')
     preprocessor = cfg.model.get('data_preprocessor') or {}
     divisor = preprocessor.get('pad_size_divisor', 1)
     shape = [math.ceil(length / divisor) * divisor for length in shape]
     init_default_scope(cfg.default_scope)
-    return cfg, shape, parser.error
+    return cfg, shape
 
 
 def main():
-    cfg, shape, error = parse_args(__doc__.splitlines()[0])
+    cfg, shape = parse_args(__doc__.splitlines()[0])
     if 'roi_head' in cfg.model and 'rpn_head' not in cfg.model:
-        error('model has a roi_head, expected an rpn_head too')
+        fail('model has a roi_head, expected an rpn_head too')
     parameters, flops = count(build(cfg.model), shape)
     print(f'image       1 x 3 x {shape[0]} x {shape[1]}')
     print(f'parameters  {parameters / 1e6:.2f} M')

@@ -7,6 +7,7 @@ Usage::
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 # What each kind of model is judged by: name in the log, name to print, and
@@ -95,7 +96,7 @@ def main():
     try:
         print(summarize(args.work_dir))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from get_flops import build, count, parse_args
+from get_flops import build, count, fail, parse_args
 
 CONFIG = (
     Path(__file__).parents[2]
@@ -39,13 +39,12 @@ def table(cfg, size):
 
 
 def main():
-    cfg, shape, error = parse_args(__doc__.splitlines()[0], CONFIG)
+    cfg, shape = parse_args(__doc__.splitlines()[0], CONFIG)
     head = cfg.model.get('decode_head', {}).get('type')
     if head != 'mmcarafe.CARAFEUPerHead':
-        error(f'decode_head.type is {head}, expected mmcarafe.CARAFEUPerHead')
+        fail(f'decode_head.type is {head}, expected mmcarafe.CARAFEUPerHead')
     cfg.model.pretrained = None
-    for row in table(cfg.model, shape):
-        print(row)
+    print(*table(cfg.model, shape), sep='\n')
 
 
 if __name__ == '__main__':

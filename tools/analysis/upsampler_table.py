@@ -11,6 +11,7 @@ Usage::
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def main():
     )
     args = parser.parse_args()
     if args.channels < 1:
-        parser.error(f'--channels is {args.channels}, expected an int >= 1')
+        sys.exit(f'error: --channels is {args.channels}, expected an int >= 1')
     print('| upsampler | parameters | FLOPs | with biases |')
     print('|---|-:|-:|-:|')
     for name, cfg in COMPARED.items():

@@ -750,6 +750,15 @@ def test_out_for_boxes_is_a_pickle(error, trained, shapes):
     )
 
 
+def test_out_for_label_maps_is_a_folder(tmp_path):
+    pytest.importorskip('mmseg')
+    cfg = Config.fromfile(ROOT / 'configs/shapes/upernet-carafe_r18_shapes.py')
+    (tmp_path / 'file').touch()
+    for out in ('seg.pkl', str(tmp_path / 'file')):
+        with pytest.raises(SystemExit, match='^error: --out: .*a folder'):
+            load_tool('test').keep_predictions(cfg, out)
+
+
 @pytest.mark.parametrize('key', ['tta_model', 'tta_pipeline'])
 def test_tta_without_its_settings(error, segmentor, key):
     words = ['x.pth', '--tta', '--cfg-options', f'{key}=None']

@@ -60,6 +60,8 @@ def draw(cfg, args):
 def keep_predictions(cfg, out):
     evaluators = _cli.as_list(cfg.test_evaluator)
     if cfg.default_scope == 'mmseg':
+        if out.endswith(('.pkl', '.pickle')) or osp.isfile(out):
+            _cli.fail(f'--out: expected a folder for label maps, got {out}')
         for evaluator in evaluators:
             if evaluator.type == 'IoUMetric':
                 evaluator.update(output_dir=out, keep_results=True)

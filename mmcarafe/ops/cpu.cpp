@@ -276,9 +276,9 @@ void read(A *to, int64_t pitch, const T *from, int64_t rows, int64_t count,
 
 // to[r * row + c * column] = from[r * pitch + c] for 0 <= c < count
 template <class T, class A>
-__attribute__((noinline)) void
-write(T *to, int64_t row, int64_t column, const A *from, int64_t pitch,
-           int64_t rows, int64_t count) {
+__attribute__((noinline)) void write(T *to, int64_t row, int64_t column,
+                                     const A *from, int64_t pitch,
+                                     int64_t rows, int64_t count) {
   constexpr int L = LANES<A>;
   int64_t r = 0;
   if (column == 1) {
@@ -316,9 +316,8 @@ write(T *to, int64_t row, int64_t column, const A *from, int64_t pitch,
 // those outside it are zero.
 template <class T, class A>
 __attribute__((noinline)) void
-read_padded(A *to, int64_t pitch, const T *from, int64_t rows,
-                 int64_t count, int64_t row, int64_t column, int64_t first,
-                 int64_t limit) {
+read_padded(A *to, int64_t pitch, const T *from, int64_t rows, int64_t count,
+            int64_t row, int64_t column, int64_t first, int64_t limit) {
   const int64_t begin = std::clamp<int64_t>(-first, 0, count);
   const int64_t end = std::clamp<int64_t>(limit - first, begin, count);
   for (int64_t r = 0; r < rows && (begin > 0 || end < count); ++r) {
@@ -326,8 +325,8 @@ read_padded(A *to, int64_t pitch, const T *from, int64_t rows,
     std::fill(to + r * pitch + end, to + r * pitch + count, A(0));
   }
   if (begin < end)
-    read(to + begin, pitch, from + (first + begin) * column, rows,
-         end - begin, row, column);
+    read(to + begin, pitch, from + (first + begin) * column, rows, end - begin,
+         row, column);
 }
 
 // ---------------------------------------------------------------------------
@@ -407,8 +406,8 @@ void normalize_mode(const A *logits, A *weights, A *tops, A *scales,
 template <int MODE, class A>
 void reweigh_mode(A *logits, const A *tops, const A *scales, int64_t count) {
   for (int64_t at = 0; at < count; at += LANES<A>)
-    store(logits + at, rise<MODE>(load(logits + at), load(tops + at)) *
-                           load(scales + at));
+    store(logits + at,
+          rise<MODE>(load(logits + at), load(tops + at)) * load(scales + at));
 }
 
 // Gradient of the logits, in place of that of the weights.
@@ -471,9 +470,9 @@ inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
 
 // x [CHUNK, K, pitch], w [K*K, S*S, COLUMNS] -> y [CHUNK, S*S, COLUMNS]
 template <int KERNEL, class A>
-void reassemble_row(const A *x, int64_t x_pitch, int64_t pitch, const A *w, A *y,
-                int64_t kernel, int64_t subpixels, int64_t channels,
-                int64_t columns) {
+void reassemble_row(const A *x, int64_t x_pitch, int64_t pitch, const A *w,
+                    A *y, int64_t kernel, int64_t subpixels, int64_t channels,
+                    int64_t columns) {
   int64_t p = 0;
   for (; p + 4 <= subpixels; p += 4)
     reassemble_tile<KERNEL, 4>(x, x_pitch, pitch, w + p * COLUMNS,
@@ -488,8 +487,8 @@ void reassemble_row(const A *x, int64_t x_pitch, int64_t pitch, const A *w, A *y
 // g [CHUNK, K, S*S, pitch], w [K*K, S*S, COLUMNS] -> x [CHUNK, COLUMNS]
 template <int KERNEL, int SUBPIXELS, class A>
 void gather_row(const A *g, int64_t g_pitch, int64_t pitch, const A *w, A *x,
-            int64_t kernel, int64_t subpixels, int64_t channels,
-            int64_t columns) {
+                int64_t kernel, int64_t subpixels, int64_t channels,
+                int64_t columns) {
   const int64_t K = KERNEL ? KERNEL : kernel;
   if (SUBPIXELS)
     subpixels = SUBPIXELS;
@@ -541,8 +540,8 @@ inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
 // -> added to w [K*K, S*S, COLUMNS]
 template <int KERNEL, class A>
 void correlate_row(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
-               int64_t g_pitch, A *w, int64_t kernel, int64_t subpixels,
-               int64_t channels, int64_t columns) {
+                   int64_t g_pitch, A *w, int64_t kernel, int64_t subpixels,
+                   int64_t channels, int64_t columns) {
   constexpr int TAPS = KERNEL ? KERNEL : 1, SUBPIXELS = SUMS / 4;
   const int64_t K = KERNEL ? KERNEL : kernel;
   for (int64_t ky = 0; ky < K; ++ky)
@@ -552,8 +551,8 @@ void correlate_row(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
       int64_t p = 0;
       for (; p + SUBPIXELS <= subpixels; p += SUBPIXELS)
         correlate_tile<TAPS, SUBPIXELS>(x_k, x_pitch, g + p * COLUMNS, g_pitch,
-                                w_k + p * COLUMNS, subpixels, channels,
-                                columns);
+                                        w_k + p * COLUMNS, subpixels, channels,
+                                        columns);
       for (; p < subpixels; ++p)
         correlate_tile<TAPS, 1>(x_k, x_pitch, g + p * COLUMNS, g_pitch,
                                 w_k + p * COLUMNS, subpixels, channels,
@@ -582,9 +581,9 @@ template <class T> struct Block {
 
   const Arguments &a;
   const int64_t K, S, radius, taps, subpixels, group_channels;
-  const int64_t lines;         // of source pixels that a block reads
-  const int64_t pitch;         // from line to line
-  const int64_t weights_size;  // of one row
+  const int64_t lines;                // of source pixels that a block reads
+  const int64_t pitch;                // from line to line
+  const int64_t weights_size;         // of one row
   int64_t n, g, h, w, rows, columns;  // where the block is, and its extent
 
   explicit Block(const Arguments &arguments)
@@ -661,9 +660,8 @@ template <class T> struct Block {
         else
           for (int64_t j = 0; j < S; ++j)
             read_padded(to_row + j * to_pitch, channel,
-                        from_row + j * strides[3], channels, width,
-                        strides[1], S * strides[3], w - margin,
-                        inside ? a.W : 0);
+                        from_row + j * strides[3], channels, width, strides[1],
+                        S * strides[3], w - margin, inside ? a.W : 0);
       }
     }
   }
@@ -764,8 +762,8 @@ template <class T> class Forward {
 public:
   explicit Forward(const Arguments &a)
       : at(a), x(CHUNK * at.lines * at.pitch), weights(ROWS * at.weights_size),
-        y(ROWS * CHUNK * at.subpixels * COLUMNS),
-        tops(at.subpixels * COLUMNS), scales(at.subpixels * COLUMNS) {}
+        y(ROWS * CHUNK * at.subpixels * COLUMNS), tops(at.subpixels * COLUMNS),
+        scales(at.subpixels * COLUMNS) {}
 
   void operator()(int64_t item) {
     at.seek(item);
@@ -810,8 +808,8 @@ public:
       at.read_scores(logits, r);
       at.normalize(logits, weights, tops, scales);
       A *to = static_cast<A *>(a.statistics) +
-              (at.n * a.G + at.g) * at.subpixels * size +
-              (at.h + r) * a.W + at.w;
+              (at.n * a.G + at.g) * at.subpixels * size + (at.h + r) * a.W +
+              at.w;
       write<A, A>(to, size, 1, tops, COLUMNS, at.subpixels, at.columns);
       write<A, A>(to + half, size, 1, scales, COLUMNS, at.subpixels,
                   at.columns);
@@ -880,8 +878,8 @@ private:
     const int64_t to = k * at.subpixels * COLUMNS, limit = inside ? a.W : 0;
     read_padded(tops + to, COLUMNS, from, at.subpixels, COLUMNS, size, 1, x,
                 limit);
-    read_padded(scales + to, COLUMNS, from + half, at.subpixels, COLUMNS,
-                size, 1, x, limit);
+    read_padded(scales + to, COLUMNS, from + half, at.subpixels, COLUMNS, size,
+                1, x, limit);
   }
 };
 
@@ -908,9 +906,9 @@ public:
       at.read_high(y, COLUMNS, 0, c, channels);
       for (int64_t r = 0; r < at.rows; ++r)
         function(x + r * at.pitch, at.lines * at.pitch, at.pitch,
-                 y + r * at.subpixels * COLUMNS,
-                 ROWS * at.subpixels * COLUMNS, grad + r * at.weights_size,
-                 at.K, at.subpixels, channels, at.columns);
+                 y + r * at.subpixels * COLUMNS, ROWS * at.subpixels * COLUMNS,
+                 grad + r * at.weights_size, at.K, at.subpixels, channels,
+                 at.columns);
     });
     for (int64_t r = 0; r < at.rows; ++r) {
       A *grad_r = grad + r * at.weights_size;
@@ -962,9 +960,8 @@ template <class Worker> void run(const Arguments &a, int64_t count) {
   if (threads <= 1)
     work();
   else
-    GOMP_parallel(
-        [](void *data) { (*static_cast<decltype(work) *>(data))(); }, &work,
-        unsigned(threads), 0);
+    GOMP_parallel([](void *data) { (*static_cast<decltype(work) *>(data))(); },
+                  &work, unsigned(threads), 0);
 }
 
 // 0; or 1 if an argument is unknown, so that nothing was done.

@@ -1,5 +1,6 @@
 # Each target is a plain sequence of commands that you can also type yourself:
-# `make -n TARGET` prints it. The versions and their reasons are in setup.cfg.
+# `make -n TARGET` prints it, `make help` lists them. The versions and their
+# reasons are in setup.cfg.
 
 PYTHON ?= python3
 
@@ -22,11 +23,14 @@ DETECTOR := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
 DETECTED := work_dirs/demo/detector
 SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
 
-.PHONY: setup demo test lint sanitize
+.PHONY: help setup demo test lint sanitize
 
-setup: $(READY)
+help:  ## Print this list.
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST))
 
-demo: $(READY) data/shapes
+setup: $(READY)  ## Install everything that is needed into .venv, once.
+
+demo: $(READY) data/shapes  ## Train and test a detector and a segmentor.
 	$(call TRAIN_AND_TEST,$(DETECTOR),$(DETECTED))
 	$(call TRAIN_AND_TEST,$(SEGMENTOR),work_dirs/demo/segmentor,\
 		--cfg-options load_from="$$(cat $(DETECTED)/last_checkpoint)")
@@ -39,16 +43,16 @@ $(BIN)/python tools/test.py $(1) "$$(cat $(2)/last_checkpoint)" \
 	--work-dir $(2) --show-dir pictures
 endef
 
-test: $(READY)
+test: $(READY)  ## Run the tests.
 	$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: $(READY)  ## Check style and format.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # The CPU kernel's tests under AddressSanitizer and UBSan. `pytest` rather than
 # `python -m pytest`, which would find the libraries of this checkout first.
-sanitize: $(READY)
+sanitize: $(READY)  ## Run the CPU kernel's tests under AddressSanitizer.
 	CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined' \
 		$(BIN)/python setup.py -q build --build-base build/sanitize \
 		--build-lib build/sanitize/lib

@@ -1,5 +1,6 @@
 """``python -m mmcarafe``: what is installed, and what serves each device."""
 
+import argparse
 import importlib.metadata
 import platform
 
@@ -29,6 +30,10 @@ def version(packages):
 
 
 def main():
+    argparse.ArgumentParser(
+        prog='python -m mmcarafe',
+        description='Say what is installed, what serves each device, and why.',
+    ).parse_args()
     print(f'mmcarafe {mmcarafe.__version__}')
     print(f'Python {platform.python_version()}')
     print(f'torch {torch.__version__}')

@@ -1,6 +1,7 @@
 """What leaves the checkout: the wheel, the sdist, and what they install."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,20 @@ def mim_files(folder):
             if path.is_file() and '__pycache__' not in path.parts
         }
     return files
+
+
+def test_make_alone_lists_the_targets():
+    (phony,) = re.findall('PHONY: (help .*)', (ROOT / 'Makefile').read_text())
+    for words in ('make',), ('make', 'help'):
+        lines = run(*words, cwd=ROOT).splitlines()
+        assert [line.split('\t')[0] for line in lines] == phony.split()
+        assert all(line.endswith('.') for line in lines)
+
+
+def test_module_has_a_help():
+    output = run(sys.executable, '-m', 'mmcarafe', '--help')
+    assert output.startswith('usage: python -m mmcarafe')
+    assert 'which kernel serves each device' in ' '.join(output.split())
 
 
 @pytest.fixture(scope='module')

@@ -46,9 +46,10 @@ endef
 test: $(READY)  ## Run the tests.
 	$(BIN)/python -m pytest
 
-lint: $(READY)  ## Check style and format.
+lint: $(READY)  ## Check style and format of Python and C++.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror mmcarafe/ops/cpu.cpp
 
 # The CPU kernel's tests under AddressSanitizer and UBSan. `pytest` rather than
 # `python -m pytest`, which would find the libraries of this checkout first.

@@ -62,6 +62,13 @@ def mim_files(folder):
     return files
 
 
+@pytest.mark.parametrize('name', ['configs', 'tools', 'model-index.yml'])
+def test_mim_finds_the_checkouts_own_files(name):
+    link = ROOT / 'mmcarafe' / '.mim' / name
+    assert link.is_symlink()  # a copy would go stale
+    assert link.resolve(strict=True) == ROOT / name
+
+
 def test_make_alone_lists_the_targets():
     (phony,) = re.findall('PHONY: (help .*)', (ROOT / 'Makefile').read_text())
     for words in ('make',), ('make', 'help'):

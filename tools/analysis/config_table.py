@@ -1,0 +1,113 @@
+"""What each config upsamples with, and what was measured with it.
+
+Prints the table of the README. Where a config upsamples is seen in the model
+that it builds, on PyTorch's meta device; the results, and the paper's, are
+those of configs/*/metafile.yml, and below the table stands how they were
+measured.
+
+Usage::
+
+    python tools/analysis/config_table.py
+"""
+
+import argparse
+import string
+import textwrap
+from pathlib import Path
+
+import torch
+from get_flops import build, fail
+from mmcv.ops import CARAFEPack
+from mmengine.config import Config
+from mmengine.fileio import load
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+
+import mmcarafe
+
+ROOT = Path(__file__).resolve().parents[2]
+# Beginnings of modules' names, of which the first that fits counts, and what
+# to call these places.
+PLACES = (
+    ('neck.', 'the neck'),
+    ('roi_head.mask_head.', 'the mask head'),
+    ('decode_head.ppm_', 'PPM'),
+    ('decode_head.fpn_', 'FPN'),
+    ('decode_head.fuse_', 'FUSE'),
+    ('decode_head.', 'the head'),
+    ('', 'another place'),
+)
+
+
+def metadata(root):
+    """Config -> its entry in a metafile, of all that model-index.yml names."""
+    models = {}
+    for path in load(root / 'model-index.yml')['Import']:
+        for model in load(root / path)['Models']:
+            if not (root / model['Config']).is_file():
+                fail(f'{path}: there is no config {model["Config"]}')
+            models[model['Config']] = model
+    return models
+
+
+def places(cfg):
+    """Where the model of a config has CARAFE, in the order of PLACES."""
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        with torch.device('meta'):
+            model = build(cfg.model)
+    found = {
+        next(place for place in PLACES if name.startswith(place[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, (mmcarafe.CARAFE, CARAFEPack))
+    }
+    return [place for _, place in sorted(found, key=PLACES.index)]
+
+
+def table(root):
+    """The lines of a Markdown table, and of the notes below it."""
+    models = metadata(root)
+    notes = {}
+    yield '| config | upsampling | result | the paper |'
+    yield '|---|---|---|---|'
+    for path in sorted(root.glob('configs/*/*.py')):
+        config = path.relative_to(root).as_posix()
+        cfg = Config.fromfile(path)
+        upsampling = f"{cfg.default_scope}'s own"
+        if found := places(cfg):
+            upsampling = 'CARAFE in ' + ' and '.join(
+                filter(None, [', '.join(found[:-1]), found[-1]])
+            )
+        model = models.get(config, {})
+        about = model.get('Metadata', {})
+        result = ', '.join(
+            f'{value} {name}'
+            for each in model.get('Results', [])
+            for name, value in each['Metrics'].items()
+        )
+        if result:
+            letter = string.ascii_lowercase[len(notes)]
+            result += f' ({notes.setdefault(about["Conditions"], letter)})'
+        name = f'[`{path.parent.name}/{path.stem}`]({config})'
+        yield (
+            f'| {name} | {upsampling} | {result or "not measured yet"} | '
+            f'{about.get("Result of the paper", "")} |'
+        )
+    for note, letter in notes.items():
+        yield ''
+        yield textwrap.fill(
+            f'({letter}) {note}',
+            79,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    # swap_upsample would log to stdout what it replaces
+    MMLogger.get_instance('config_table', log_level='WARNING')
+    print(*table(ROOT), sep='\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,6 +1,9 @@
 # A real Faster R-CNN, small enough to train from scratch on two CPU cores in
 # a few minutes. The data come from tools/dataset_converters/shapes.py.
-_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+_base_ = [
+    'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    '../_base_/datasets/shapes.py',
+]
 
 channels = 64
 model = dict(
@@ -46,20 +49,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
 )
 
-dataset = dict(
-    data_root='data/shapes/',
-    metainfo=dict(
-        classes=('disk', 'ring', 'triangle', 'square', 'star', 'stick'),
-        palette=[
-            (230, 25, 75),
-            (60, 180, 75),
-            (255, 225, 25),
-            (0, 130, 200),
-            (245, 130, 48),
-            (240, 50, 230),
-        ],
-    ),
-)
+dataset = dict(data_root='data/shapes/', metainfo=_base_.shapes)
 scale = (160, 160)  # half of the 320 * 320 pixels in the files
 train_dataloader = dict(
     batch_size=4,

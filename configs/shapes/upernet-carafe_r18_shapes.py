@@ -2,7 +2,10 @@
 # data: python tools/dataset_converters/shapes.py data/shapes
 # The backbone is that of faster-rcnn_r18_fpn-carafe_shapes.py; a checkpoint of
 # that may be the start: --cfg-options load_from=CHECKPOINT
-_base_ = 'mmseg::upernet/upernet_r18_4xb4-80k_ade20k-512x512.py'
+_base_ = [
+    'mmseg::upernet/upernet_r18_4xb4-80k_ade20k-512x512.py',
+    '../_base_/datasets/shapes.py',
+]
 
 channels = 64
 scale = (128, 128)  # of the 320 * 320 pixels in the files
@@ -30,24 +33,8 @@ dataset = dict(
     type='BaseSegDataset',
     data_root='data/shapes/',
     metainfo=dict(
-        classes=(
-            'background',
-            'disk',
-            'ring',
-            'triangle',
-            'square',
-            'star',
-            'stick',
-        ),
-        palette=[
-            (0, 0, 0),
-            (230, 25, 75),
-            (60, 180, 75),
-            (255, 225, 25),
-            (0, 130, 200),
-            (245, 130, 48),
-            (240, 50, 230),
-        ],
+        classes=('background', *_base_.shapes.classes),
+        palette=[(0, 0, 0), *_base_.shapes.palette],
     ),
     # the background is a class
     reduce_zero_label=False,

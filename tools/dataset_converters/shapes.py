@@ -27,9 +27,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmengine.config import Config
 from pycocotools import mask as coco_mask
 
-CLASSES = ('disk', 'ring', 'triangle', 'square', 'star', 'stick')
+CONFIG = Path(__file__).parents[2] / 'configs/_base_/datasets/shapes.py'
+CLASSES = Config.fromfile(CONFIG).shapes.classes
 SPLITS = ('training', 'validation')
 
 OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges

@@ -14,9 +14,8 @@ from contextlib import contextmanager
 
 import _cpu
 from mmengine.config import Config, DictAction
-from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
-from mmengine.registry import DATASETS, MODELS, RUNNERS
+from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import import_modules_from_strings
 
@@ -140,61 +139,8 @@ def check_model(cfg):
         models.build(cfg.model)
 
 
-def check_data(cfg, split):
-    """Look for each file and folder that the data of a split names."""
-    loader, evaluator = f'{split}_dataloader', f'{split}_evaluator'
-    scope = cfg.get('default_scope')
-    with DATASETS.switch_scope_and_registry(scope) as datasets:
-        _check_dataset(cfg[loader].dataset, f'{loader}.dataset', datasets)
-    for each in as_list(cfg.get(evaluator)):
-        if isinstance(each, dict) and each.get('ann_file'):
-            _check_ann_file(each.ann_file, f'{evaluator}.ann_file')
-
-
 def as_list(value):
     return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _check_dataset(cfg, key, datasets):
-    for name in ('dataset', 'datasets'):  # RepeatDataset, ConcatDataset, ...
-        if name in cfg:
-            for inner in as_list(cfg[name]):
-                _check_dataset(inner, f'{key}.{name}', datasets)
-            return
-    with mendable(key):
-        cls = datasets.get(cfg.type)
-        if inspect.isclass(cls) and not issubclass(cls, BaseDataset):
-            return  # only it knows what it reads
-        # lazy: joins the paths, builds the pipeline, reads no annotation
-        dataset = datasets.build({**copy.deepcopy(cfg), 'lazy_init': True})
-    _check_path(dataset.data_root, f'{key}.data_root')
-    for name, path in dataset.data_prefix.items():
-        _check_path(path, f'{key}.data_prefix.{name}')
-    if dataset.ann_file:
-        _check_ann_file(dataset.ann_file, f'{key}.ann_file')
-
-
-def _check_path(path, key):
-    if path and '://' not in path and not osp.exists(path):
-        fail(f'{key}: there is no {path}')
-
-
-def _check_ann_file(path, key):
-    _check_path(path, key)
-    if not osp.isfile(path):  # a folder, or remote
-        return
-    with open(path, 'rb') as file:
-        head = file.read(20)
-        file.seek(max(0, osp.getsize(path) - 20))
-        tail = file.read()
-    if not head.strip():
-        fail(f'{key}: {path} is empty')
-    ends = head.lstrip()[:1] + tail.rstrip()[-1:]
-    if path.endswith('.json') and ends not in (b'{}', b'[]'):
-        fail(
-            f'{key}: {path} is not a whole JSON file, it begins with {head} '
-            f'and ends with {tail}'
-        )
 
 
 def check_checkpoint(path, resume=False):
@@ -222,20 +168,3 @@ def build_runner(cfg):
         if 'runner_type' in cfg:
             return RUNNERS.build(cfg)
         return Runner.from_cfg(cfg)
-
-
-def check_length(make_loader, key):
-    """Load the data set; a sampler of an empty one might wait forever."""
-    with mendable(key):
-        try:
-            length = len(make_loader().dataset)
-        except ValueError as error:
-            # how mmengine packs the records of no image
-            if 'at least one array to concatenate' not in str(error):
-                raise
-            length = 0
-    if not length:
-        fail(
-            f'{key}.dataset holds no image: look at its paths, at '
-            'metainfo.classes and at filter_cfg'
-        )

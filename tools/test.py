@@ -4,6 +4,7 @@ import copy
 import os.path as osp
 
 import _cli
+import _data
 
 
 def parse_args():
@@ -116,15 +117,15 @@ def main():
         draw(cfg, args)
     if args.tta:
         use_tta(cfg)
-    _cli.check_data(cfg, 'test')
+    _data.check_data(cfg, 'test')
     if args.out:
         keep_predictions(cfg, args.out)
     _cli.check_model(cfg)
     _cli.check_checkpoint(args.checkpoint)
 
     runner = _cli.build_runner(cfg)
-    _cli.check_length(lambda: runner.test_loop.dataloader, 'test_dataloader')
-    runner.test()
+    with _data.guarded(runner, 'test'):
+        runner.test()
 
 
 if __name__ == '__main__':

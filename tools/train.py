@@ -2,6 +2,7 @@
 
 import _cli
 import _cpu
+import _data
 from mmengine.device import get_device
 from mmengine.runner import find_latest_checkpoint
 
@@ -69,9 +70,9 @@ def main():
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
-    _cli.check_data(cfg, 'train')
+    _data.check_data(cfg, 'train')
     if cfg.get('val_cfg'):
-        _cli.check_data(cfg, 'val')
+        _data.check_data(cfg, 'val')
     _cli.check_model(cfg)
     checkpoint = cfg.get('load_from')
     if cfg.get('resume') and not checkpoint:
@@ -82,8 +83,8 @@ def main():
     runner = _cli.build_runner(cfg)
     if args.amp and get_device() == 'cpu' and cfg.default_scope == 'mmdet':
         _cpu.keep_boxes_in_fp32(runner.model)
-    _cli.check_length(lambda: runner.train_loop.dataloader, 'train_dataloader')
-    runner.train()
+    with _data.guarded(runner, 'train', 'val'):
+        runner.train()
 
 
 if __name__ == '__main__':

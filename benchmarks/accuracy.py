@@ -22,8 +22,10 @@ were recorded with different starting weights or batches.
 
 The learning rate is the config's unless ``--lr`` is given, the same for all
 arms; it rises over the first tenth of the iterations and falls as a cosine to
-zero. Boundary IoU is that of bands of 2 pixels. COCO's scores come rounded to
-0.1.
+zero. Seed 999 served to choose it and must not be reported: on nuclei after
+300 iterations, with lr 0.002, the config's, and 0.001, bilinear has 89.1 and
+88.5 mIoU, carafe 88.1 and 88.6. That is no reason to leave the config's.
+Boundary IoU is that of bands of 2 pixels. COCO's scores come rounded to 0.1.
 
 Runs are on the CPU with one thread each, ``--jobs`` at a time, so that two of
 one arm and seed are equal to the bit. Each finished run appends a line to

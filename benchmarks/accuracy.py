@@ -44,6 +44,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -385,6 +386,9 @@ def run_here(args, todo):
 
 def run_processes(args, todo):
     """Run all, ``args.jobs`` at a time; gives the names of those that fail."""
+    # An exception in the middle of Popen would leave a process behind.
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
     waiting, running, failed = list(todo), {}, []
     try:
@@ -400,6 +404,8 @@ def run_processes(args, todo):
                 )
                 running[process] = arm, seed, log
             time.sleep(0.2)
+            if terminated.is_set():
+                sys.exit(143)
             for process in [p for p in running if p.poll() is not None]:
                 arm, seed, log = running.pop(process)
                 name = f'{arm} with seed {seed}'
@@ -542,7 +548,6 @@ def run(args):
     if not args.jobs:
         run_here(args, todo)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = run_processes(args, todo)
     if failed:
         _cli.fail(f'{len(failed)} of {len(todo)} runs failed: {failed}')

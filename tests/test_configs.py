@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 import mmcarafe
 
 CONFIGS = sorted(
-    str(path.relative_to(ROOT)) for path in ROOT.glob('configs/*/*.py')
+    str(path.relative_to(ROOT)) for path in ROOT.glob('configs/[!_]*/*.py')
 )
 
 

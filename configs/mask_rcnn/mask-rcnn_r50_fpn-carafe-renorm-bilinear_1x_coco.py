@@ -1,0 +1,9 @@
+_base_ = [
+    './mask-rcnn_r50_fpn-carafe_1x_coco.py',
+    '../_base_/upsamplers/carafe_renorm_bilinear.py',
+]
+
+model = dict(
+    neck=dict(upsample_cfg={{_base_.upsample_cfg}}),
+    roi_head=dict(mask_head=dict(upsample_cfg={{_base_.upsample_cfg}})),
+)

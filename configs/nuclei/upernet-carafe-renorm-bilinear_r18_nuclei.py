@@ -1,0 +1,12 @@
+_base_ = [
+    './upernet-carafe_r18_nuclei.py',
+    '../_base_/upsamplers/carafe_renorm_bilinear.py',
+]
+
+model = dict(
+    decode_head=dict(
+        ppm_upsample_cfg={{_base_.upsample_cfg}},
+        fpn_upsample_cfg={{_base_.upsample_cfg}},
+        fuse_upsample_cfg={{_base_.upsample_cfg}},
+    )
+)

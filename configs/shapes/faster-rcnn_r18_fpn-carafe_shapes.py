@@ -126,7 +126,7 @@ auto_scale_lr = dict(base_batch_size=4)
 
 default_hooks = dict(
     logger=dict(interval=50),
-    checkpoint=dict(max_keep_ckpts=1),
+    checkpoint=dict(max_keep_ckpts=2),
     visualization=dict(score_thr=0.5),
 )
 visualizer = dict(line_width=2)

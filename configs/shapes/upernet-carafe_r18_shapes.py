@@ -95,7 +95,7 @@ param_scheduler = [
 
 default_hooks = dict(
     logger=dict(interval=50),
-    checkpoint=dict(interval=max_iters, max_keep_ckpts=1),
+    checkpoint=dict(interval=max_iters, max_keep_ckpts=2),
     # Drawing a picture takes mmseg ten times as long as predicting it.
     visualization=dict(interval=8),
 )

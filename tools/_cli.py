@@ -1,6 +1,6 @@
 """What train.py and test.py share: options, and checks of what they name.
 
-The checks come before anything is written or trained. What the user can mend
+The checks come before anything is written or trained. A mistake of the user
 ends in one line that names it; only mistakes of the code show a traceback.
 """
 
@@ -10,26 +10,66 @@ import difflib
 import inspect
 import os
 import os.path as osp
+import re
+import tempfile
 from contextlib import contextmanager
 
 import _cpu
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
-from mmengine.registry import MODELS, RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
-from mmengine.utils import import_modules_from_strings
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import (
+    LOOPS,
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    RUNNERS,
+)
+from mmengine.runner import Runner
+from mmengine.utils import apply_to, import_modules_from_strings
 
 import mmcarafe.registry  # noqa: F401  (so that mmseg:: is found)
 from mmcarafe import checkpoint
 
 checkpoint.enable()
 
+
+class Options(DictAction):
+    """mmengine's, which takes blanks out of values and fails without "="."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        options = dict(getattr(namespace, self.dest, None) or {})
+        for word in values:
+            key, equals, value = word.partition('=')
+            if not key or not equals:
+                fail(f'{option_string}: expected KEY=VALUE, got {word}')
+            with mendable(f'{option_string} {key}'):
+                options[key] = self.parse(value)
+        setattr(namespace, self.dest, options)
+
+    @classmethod
+    def parse(cls, value):
+        value = value.strip()
+        quoted = re.fullmatch(r"""'([^']*)'|"([^"]*)\"""", value)
+        if quoted:
+            return quoted[1] or quoted[2] or ''  # commas and all
+        # hides blanks inside words from mmengine, not those beside commas
+        value = re.sub(
+            r'(?<![,(\[]) +(?![ ,)\]])', lambda m: BLANK * len(m[0]), value
+        )
+        return apply_to(
+            cls._parse_iterable(value),
+            lambda each: isinstance(each, str),
+            lambda each: each.replace(BLANK, ' '),
+        )
+
+
+BLANK = '\0'  # no argument of a program can hold it
 CFG_OPTIONS = dict(
     nargs='+',
-    action=DictAction,
+    action=Options,
     metavar='KEY=VALUE',
     help='settings that replace those of the config, e.g. '
-    'train_dataloader.batch_size=4 key="[(a,b),(c,d)]" (no blanks)',
+    'train_dataloader.batch_size=4 key="[(a,b),(c,d)]" key="a b"',
 )
 
 
@@ -111,52 +151,159 @@ def read_config(args, *needed):
 
 
 def _check_keys(options, cfg):
-    """A misspelt key would be a new setting, which nothing ever reads.
+    """Refuse settings that nothing would ever read.
 
-    Below the first level it is an argument, and building finds it.
+    Below the first level a setting is an argument, and building finds it.
     """
-    known = {
-        *cfg,
+    read = {
         *inspect.signature(Runner).parameters,
         # what mmengine and these tools read besides
-        *('custom_imports', 'compile', 'find_unused_parameters'),
+        *('activation_checkpointing', 'compile', 'custom_imports'),
+        *('efficient_conv_bn_eval', 'find_unused_parameters'),
         *('model_wrapper_cfg', 'runner_type', 'sync_bn'),
         *('tta_model', 'tta_pipeline'),
     }
+    if 'data_preprocessor' in cfg.get('model', {}):
+        read.remove('data_preprocessor')  # the default for models without one
     for key in options:
-        name = key.split('.')[0]
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
+        name, *rest = key.split('.')
+        if name in read:
+            continue
+        if name not in cfg:
+            close = difflib.get_close_matches(name, {*cfg, *read}, 1)
             hint = f', did you mean {close[0]}?' if close else ''
             fail(f'--cfg-options {key}: the config has no {name}{hint}')
+        copies = ['.'.join([each, *rest]) for each in _copies(cfg, name, read)]
+        if copies:
+            fail(
+                f'--cfg-options {key}: {name} was read with the config file, '
+                f'and changes nothing now; what counts is {some(copies, 6)}'
+            )
+        if not cfg.get('custom_imports'):  # whose modules may read anything
+            fail(
+                f'--cfg-options {key}: nothing reads {name} but the config '
+                'file itself'
+            )
 
 
-def check_model(cfg):
-    """Build the model once, in vain, to find misspelt types and arguments."""
+def _copies(cfg, name, read):
+    """Keys that got the value of a name at the top of a config file.
+
+    Those of that name go first. Other keys count if their value, more than
+    None or a bool, is equal or, a string or a dict, holds it. Where none does,
+    the file has replaced it, and those of that name are all there is.
+    """
+    value = _unscoped(cfg[name])
+    named, equal, replaced = [], [], []
+    for key, other in walk({k: _unscoped(cfg[k]) for k in cfg if k in read}):
+        same = type(other) is type(value) and (
+            other == value
+            or (isinstance(value, str) and len(value) > 2 and value in other)
+            or (
+                isinstance(value, dict)
+                and all(k in other and other[k] == value[k] for k in value)
+            )
+        )
+        if key.split('.')[-1] == name:
+            (named if same else replaced).append(key)
+        elif same and value is not None and not isinstance(value, bool):
+            equal.append(key)
+    return named + equal or replaced
+
+
+def _unscoped(value):
+    """Without the `_scope_` that mmengine writes into some copies only."""
+    if isinstance(value, dict):
+        return {k: _unscoped(v) for k, v in value.items() if k != '_scope_'}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_unscoped, value))
+    return value
+
+
+def walk(value, prefix=''):
+    """(key, value) of all that a config holds, as --cfg-options names them."""
+    if isinstance(value, dict):
+        items = value.items()
+    else:
+        items = enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, inner in items:
+        yield f'{prefix}{key}', inner
+        yield from walk(inner, f'{prefix}{key}.')
+
+
+def some(names, most=3):
+    """The first few names, and how many more there are."""
+    names = [str(name) for name in names]
+    more = len(names) - most
+    return ', '.join(names[:most]) + (f' and {more} more' if more > 0 else '')
+
+
+def say(text):
+    """Print a line, from one of the processes."""
+    if os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0':
+        print(text, flush=True)
+
+
+def build_model(cfg):
+    """Build the model before anything is written; gives it.
+
+    Misspelt types and arguments show here, and its weights' names and shapes
+    are what a checkpoint must have.
+    """
     cfg = copy.deepcopy(cfg)  # building writes into it
     scope = cfg.get('default_scope')
     with mendable('model'), MODELS.switch_scope_and_registry(scope) as models:
-        models.build(cfg.model)
+        return models.build(cfg.model)
+
+
+def build_optimizer(cfg, model):
+    """Build the optimizer to find mistakes in it; gives its wrapper.
+
+    None where there are several: only their runner knows how they are built.
+    """
+    wrapper = copy.deepcopy(cfg.optim_wrapper)
+    if 'optimizer' not in wrapper:
+        return None
+    lr = wrapper.optimizer.get('lr', 0)
+    if isinstance(lr, str):
+        fail(f'optim_wrapper.optimizer.lr: expected a number, got {lr}')
+    switch = OPTIM_WRAPPER_CONSTRUCTORS.switch_scope_and_registry
+    with mendable('optim_wrapper'), switch(cfg.get('default_scope')):
+        return build_optim_wrapper(model, wrapper)
+
+
+def check_train_cfg(cfg):
+    """Compare train_cfg with the arguments of the loop that it describes."""
+    settings = dict(cfg.train_cfg)
+    settings.pop('_scope_', None)  # mmengine's, of configs of mmdet::
+    by_epoch = settings.pop('by_epoch', None)
+    name = 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop'
+    scope = cfg.get('default_scope')
+    with mendable('train_cfg'), LOOPS.switch_scope_and_registry(
+        scope
+    ) as loops:
+        loop = settings.pop('type', name)
+        loop = loops.get(loop) if isinstance(loop, str) else loop
+        if loop is None:
+            fail(f'train_cfg.type: there is no {cfg.train_cfg.type}')
+        inspect.signature(loop).bind(None, None, **settings)
+    for key in ('max_epochs', 'max_iters', 'val_begin', 'val_interval'):
+        value = settings.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int):
+            fail(f'train_cfg.{key}: expected a whole number, got {value}')
+
+
+def _make_work_dir(cfg):
+    """The last check, and the first that writes: a folder that can be used."""
+    try:
+        os.makedirs(cfg.work_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.work_dir).close()
+    except OSError as error:
+        fail(f'--work-dir: cannot write into {cfg.work_dir}: {error.strerror}')
 
 
 def as_list(value):
     return value if isinstance(value, (list, tuple)) else [value]
-
-
-def check_checkpoint(path, resume=False):
-    try:
-        checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', 'silent')
-    except FileNotFoundError:
-        fail(f'there is no checkpoint {path}')
-    except RuntimeError as error:
-        fail(error)
-    if not isinstance(checkpoint, dict):
-        fail(f'{path} holds a {type(checkpoint).__name__}, not a state dict')
-    if resume and not {'meta', 'message_hub'} <= checkpoint.keys():
-        fail(
-            f'{path} holds only weights: no run can be resumed from it, but '
-            f'one can start with --cfg-options load_from={path}'
-        )
 
 
 def build_runner(cfg):
@@ -164,6 +311,7 @@ def build_runner(cfg):
         if cfg.launcher != 'pytorch':
             fail(f'--launcher {cfg.launcher} needs GPUs; on CPUs use pytorch')
         _cpu.distribute(cfg)
+    _make_work_dir(cfg)
     with mendable('config'):
         if 'runner_type' in cfg:
             return RUNNERS.build(cfg)

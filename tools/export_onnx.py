@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 
+import _checkpoints
 import _cli
 import torch
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 from torch import nn
 
 from mmcarafe.ops.export import adaptive_avg_pool2d
@@ -228,7 +228,7 @@ def main():
     if not osp.isdir(osp.dirname(out) or '.'):
         _cli.fail(f'--out: there is no folder {osp.dirname(out)}')
     if args.checkpoint:
-        _cli.check_checkpoint(args.checkpoint)
+        checkpoint = _checkpoints.load(args.checkpoint)
 
     init_default_scope('mmseg')
     with _cli.mendable('model'):
@@ -238,10 +238,8 @@ def main():
     if segmentor.data_preprocessor.test_cfg:
         _cli.fail('data_preprocessor.test_cfg pads; expected None')
     if args.checkpoint:
-        try:
-            load_checkpoint(segmentor, args.checkpoint, 'cpu', strict=True)
-        except RuntimeError as error:
-            _cli.fail(f'{args.checkpoint} is not of this config: {error}')
+        # which also loads them
+        _checkpoints.check_weights(segmentor, args.checkpoint, checkpoint)
     model = PixelsToLogits(revert_sync_batchnorm(segmentor)).eval()
     with tempfile.TemporaryDirectory(dir=osp.dirname(out) or '.') as folder:
         file = osp.join(folder, 'model.onnx')

@@ -3,6 +3,7 @@
 import copy
 import os.path as osp
 
+import _checkpoints
 import _cli
 import _data
 
@@ -120,8 +121,9 @@ def main():
     _data.check_data(cfg, 'test')
     if args.out:
         keep_predictions(cfg, args.out)
-    _cli.check_model(cfg)
-    _cli.check_checkpoint(args.checkpoint)
+    model = _cli.build_model(cfg)
+    checkpoint = _checkpoints.load(args.checkpoint)
+    _checkpoints.check_weights(model, args.checkpoint, checkpoint)
 
     runner = _cli.build_runner(cfg)
     with _data.guarded(runner, 'test'):

@@ -1,10 +1,12 @@
 """Train a detector or a segmentor: python tools/train.py CONFIG [options]."""
 
+import sys
+
+import _checkpoints
 import _cli
 import _cpu
 import _data
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 
 
 def parse_args():
@@ -57,6 +59,32 @@ def scale_lr(cfg):
     cfg.auto_scale_lr.enable = True
 
 
+def resume(cfg, checkpoint):
+    """Let the run go on from a checkpoint, "auto" for its newest."""
+    if checkpoint == 'auto':
+        checkpoint = _checkpoints.newest(cfg.work_dir)
+        if not checkpoint:
+            _cli.say(
+                f'--resume: there is no checkpoint in {cfg.work_dir} yet, so '
+                'the training starts from its beginning'
+            )
+            return
+    cfg.resume = True
+    cfg.load_from = checkpoint
+
+
+def stop(runner):
+    """End after Ctrl-C, which needs no traceback."""
+    newest = _checkpoints.newest(runner.work_dir)
+    after = (
+        f'continue from {newest} with --resume'
+        if newest
+        else 'no checkpoint was saved yet'
+    )
+    print(f'stopped at iteration {runner.iter}; {after}', file=sys.stderr)
+    raise SystemExit(130)  # as the shell has it
+
+
 def main():
     args = parse_args()
     cfg = _cli.load_config(
@@ -66,25 +94,43 @@ def main():
         use_amp(cfg)
     if args.auto_scale_lr:
         scale_lr(cfg)
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.resume or cfg.get('resume'):
+        resume(cfg, args.resume or cfg.get('load_from') or 'auto')
 
+    _cli.check_train_cfg(cfg)
+    _checkpoints.check_pretrained(cfg.model)
     _data.check_data(cfg, 'train')
     if cfg.get('val_cfg'):
         _data.check_data(cfg, 'val')
-    _cli.check_model(cfg)
-    checkpoint = cfg.get('load_from')
-    if cfg.get('resume') and not checkpoint:
-        checkpoint = find_latest_checkpoint(cfg.work_dir)
-    if checkpoint:
-        _cli.check_checkpoint(checkpoint, cfg.get('resume'))
+    model = _cli.build_model(cfg)
+    optim_wrapper = _cli.build_optimizer(cfg, model)
+    if cfg.get('load_from'):
+        checkpoint = _checkpoints.load(cfg.load_from)
+        if not cfg.get('resume'):
+            _checkpoints.say_what_is_loaded(model, cfg.load_from, checkpoint)
+        else:
+            _checkpoints.check_resumed(
+                cfg.load_from, checkpoint, model, optim_wrapper
+            )
+            end = _checkpoints.finished(cfg.train_cfg, checkpoint)
+            if end:
+                _cli.say(
+                    f'{cfg.load_from} is the end of a run of {end}: raise '
+                    'that to train longer, or start anew in another '
+                    '--work-dir'
+                )
+                return
 
     runner = _cli.build_runner(cfg)
     if args.amp and get_device() == 'cpu' and cfg.default_scope == 'mmdet':
         _cpu.keep_boxes_in_fp32(runner.model)
-    with _data.guarded(runner, 'train', 'val'):
-        runner.train()
+    try:
+        with _data.guarded(runner, 'train', 'val'), (
+            _checkpoints.readable_errors(cfg.model)
+        ):
+            runner.train()
+    except KeyboardInterrupt:
+        stop(runner)
 
 
 if __name__ == '__main__':

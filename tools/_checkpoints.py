@@ -1,0 +1,350 @@
+"""Checkpoints: saved whole, and compared with the config before any is used.
+
+Importing this makes mmengine save as `WholeFiles` and `SafeCheckpointHook`
+say.
+"""
+
+import os
+import os.path as osp
+import re
+from collections import OrderedDict, deque
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+
+from _cli import fail, say, some, walk
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.model import BaseTTAModel
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import CheckpointLoader
+from mmengine.utils import mkdir_or_exist
+
+
+class WholeFiles(LocalBackend):
+    """mmengine's local files, none of which is ever half written."""
+
+    def put(self, obj, filepath):
+        write_whole(filepath, obj)
+
+
+register_backend('local', WholeFiles, force=True, prefixes='')
+
+
+def write_whole(file, data):
+    """Write bytes so that a reader finds all of the old or all of the new."""
+    mkdir_or_exist(osp.dirname(file))
+    part = f'{file}.part'
+    with open(part, 'wb') as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, file)
+
+
+@HOOKS.register_module(name='CheckpointHook', force=True)
+class SafeCheckpointHook(CheckpointHook):
+    """Writes the new checkpoint, then names it, then removes the old one.
+
+    mmengine's own removes first, and a run that is killed while it writes may
+    have nothing left.
+    """
+
+    def _save_checkpoint_with_step(self, runner, step, meta):
+        outdated = []
+        if self.max_keep_ckpts > 0:
+            steps = [s for s in self.keep_ckpt_ids if s != step] + [step]
+            outdated = steps[: -self.max_keep_ckpts]
+            self.keep_ckpt_ids = deque(steps[len(outdated) :])
+            runner.message_hub.update_info(
+                'keep_ckpt_ids', list(self.keep_ckpt_ids)
+            )
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if not is_main_process():
+            return
+        write_whole(
+            osp.join(runner.work_dir, 'last_checkpoint'),
+            self.last_ckpt.encode(),
+        )
+        for old in outdated:
+            path = self.file_backend.join_path(
+                self.out_dir, self.filename_tmpl.format(old)
+            )
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):  # deepspeed's
+                self.file_backend.rmtree(path)
+
+    def _save_best_checkpoint(self, runner, metrics):
+        backend = self.file_backend
+        self.file_backend = RemovesLater(backend)
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+            for remove in self.file_backend.removals:
+                remove()
+        finally:
+            self.file_backend = backend
+
+
+class RemovesLater:
+    """A file backend whose removals wait for its owner to call them."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.removals = []
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def remove(self, path):
+        self.removals.append(partial(self.backend.remove, path))
+
+    def rmtree(self, path):
+        self.removals.append(partial(self.backend.rmtree, path))
+
+
+def load(path):
+    """Load a checkpoint into memory; gives a dict."""
+    try:
+        with readable_errors():
+            checkpoint = CheckpointLoader.load_checkpoint(
+                path, 'cpu', 'silent'
+            )
+    except FileNotFoundError:
+        fail(f'there is no checkpoint {path}')
+    if not isinstance(checkpoint, dict):
+        fail(f'{path} holds a {type(checkpoint).__name__}, not a state dict')
+    return checkpoint
+
+
+@contextmanager
+def readable_errors(model=None):
+    """End in one line where a checkpoint cannot be loaded inside.
+
+    The config of a model names its settings that load one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not text.startswith('cannot load the checkpoint '):
+            raise
+        cause = error.__cause__
+        if isinstance(cause, (ImportError, OSError)):  # torchvision, urllib
+            text = text.split(': is it damaged')[0]
+            text = f'{text}: {type(cause).__name__}: {cause}'
+        for key, path in pretrained(model or {}):
+            if path in text:
+                text += f'; to do without: --cfg-options {key}=None'
+        fail(' '.join(text.split()))
+
+
+class Fit:
+    """How the weights of a checkpoint fit a model; loads those that do.
+
+    ``missing`` are names of the model's weights, ``unexpected`` names of the
+    checkpoint's, ``reshaped`` what is said of those of another shape, and
+    ``loaded`` of ``total`` weights are as in the checkpoint. The counters of
+    batches in BN layers are not compared: mmengine does not ask for them.
+    """
+
+    def __init__(self, model, path, checkpoint, ignored=()):
+        if isinstance(model, BaseTTAModel):
+            model = model.module
+        state = checkpoint.get('state_dict', checkpoint)
+        if not isinstance(state, dict):
+            fail(f'{path} holds a {type(state).__name__} as its state_dict')
+        weights = OrderedDict(
+            (re.sub(r'^module\.', '', str(name)), value)  # as mmengine does
+            for name, value in state.items()
+        )
+        weights._metadata = getattr(state, '_metadata', OrderedDict())
+        reshaped = {}
+        try:
+            missing, unexpected = model.load_state_dict(weights, strict=False)
+        except RuntimeError:  # of another shape; all other names were loaded
+            for name, own in model.state_dict().items():
+                value = weights.get(name, own)
+                shape = list(getattr(value, 'shape', [type(value).__name__]))
+                if shape != list(own.shape):
+                    reshaped[name] = f'{name} {shape}, not {list(own.shape)}'
+                    del weights[name]
+            try:
+                missing, unexpected = model.load_state_dict(
+                    weights, strict=False
+                )
+            except RuntimeError as error:
+                text = ' '.join(str(error).split())
+                fail(f'{path} is not of this config: {text}')
+
+        def counted(names):
+            return [
+                name
+                for name in names
+                if not name.startswith(tuple(ignored))
+                and not name.endswith('num_batches_tracked')
+            ]
+
+        self.missing = counted(n for n in missing if n not in reshaped)
+        self.unexpected = counted(unexpected)
+        self.reshaped = [reshaped[name] for name in counted(reshaped)]
+        self.total = len(counted(model.state_dict()))
+        self.loaded = self.total - len(self.missing) - len(self.reshaped)
+
+    def __bool__(self):
+        return not (self.missing or self.unexpected or self.reshaped)
+
+    def __str__(self):
+        kinds = {
+            'missing': self.missing,
+            'unexpected': self.unexpected,
+            'of another shape': self.reshaped,
+        }
+        return '; '.join(
+            [f'{self.loaded} of {self.total} weights fit']
+            + [
+                f'{kind}: {some(names)}'
+                for kind, names in kinds.items()
+                if names
+            ]
+        )
+
+
+def check_weights(model, path, checkpoint):
+    """Refuse weights of another model: mmengine would fill in random ones."""
+    # What no prediction comes from may be there or not.
+    ignored = ('auxiliary_head.', 'data_preprocessor.')
+    fit = Fit(model, path, checkpoint, ignored)
+    if not fit:
+        fail(f'{path} is not of this config: {fit}')
+
+
+def say_what_is_loaded(model, path, checkpoint):
+    """For a training, which may begin with the weights of another model."""
+    fit = Fit(model, path, checkpoint)
+    if not fit.loaded:
+        fail(f'load_from: {path} is not of this config: {fit}')
+    text = f'load_from {path}: {fit.loaded} of {fit.total} weights are loaded'
+    fresh = fit.missing + fit.reshaped
+    if fresh:
+        text += f'; these start fresh: {some(fresh)}'
+    if fit.unexpected:
+        text += f'; these are not used: {some(fit.unexpected)}'
+    say(text)
+
+
+def newest(work_dir):
+    """The checkpoint that the run in a folder saved last, None without one."""
+    file = osp.join(work_dir, 'last_checkpoint')
+    if not osp.isfile(file):
+        return None
+    with open(file) as stream:
+        path = stream.read().strip()
+    if not path:
+        fail(f'{file} is empty; name the file: --resume CHECKPOINT')
+    # it holds the name that the folder had then
+    here = osp.join(work_dir, osp.basename(path))
+    return here if osp.isfile(here) else path
+
+
+def check_resumed(path, checkpoint, model, optim_wrapper):
+    """Refuse to resume what was saved by another run than this one."""
+    instead = f'begin with its weights: --cfg-options load_from={path}'
+    if not {'meta', 'message_hub'} <= checkpoint.keys():
+        fail(
+            f'{path} holds only weights: no run can be resumed from it, but '
+            f'one can start with --cfg-options load_from={path}'
+        )
+    fit = Fit(model, path, checkpoint)
+    if not fit:
+        fail(
+            f'--resume: {path} is not of this config: {fit}; resume with the '
+            f'config of its run, or {instead}'
+        )
+    difference = _difference(checkpoint.get('optimizer'), optim_wrapper)
+    if difference:
+        fail(
+            f'--resume: {path} is of a run with another optim_wrapper: '
+            f'{difference}; resume with the config of its run, or {instead}'
+        )
+
+
+def _difference(saved, optim_wrapper):
+    """How a saved state is not one of an optimizer; None if it is."""
+    if not isinstance(optim_wrapper, OptimWrapper) or not saved:
+        return None  # several optimizers, or a checkpoint without a state
+    groups = saved.get('param_groups', [])
+    own = optim_wrapper.optimizer.state_dict()['param_groups']
+    sizes, own_sizes = (
+        [len(group['params']) for group in each] for each in (groups, own)
+    )
+    if sizes != own_sizes:
+        return f'groups of {some(sizes)} parameters, not of {some(own_sizes)}'
+    # Another torch knows more settings, or fewer, of the same optimizer; only
+    # another optimizer has some that this one lacks, and the reverse.
+    more = {*groups[0]} - {*own[0], 'initial_lr'}
+    fewer = {*own[0]} - {*groups[0]}
+    if more and fewer:
+        return (
+            f'it sets {some(sorted(more))}, '
+            f'{type(optim_wrapper.optimizer).__name__} sets '
+            f'{some(sorted(fewer))}'
+        )
+    return None
+
+
+def finished(train_cfg, checkpoint):
+    """The setting that ended the run of a checkpoint, None before its end."""
+    for unit in ('epoch', 'iter'):
+        key = f'max_{unit}s'
+        if checkpoint['meta'].get(unit, 0) >= train_cfg.get(key, float('inf')):
+            return f'train_cfg.{key}={train_cfg[key]}'
+    return None
+
+
+def pretrained(model):
+    """(setting, checkpoint) of each part of a model config that has one."""
+    for key, value in walk(model, 'model.'):
+        if key.endswith('.pretrained') and isinstance(value, str):
+            yield key, value
+        elif isinstance(value, dict) and 'init_cfg' in key:
+            kind = value.get('type')
+            if getattr(kind, '__name__', kind) in PRETRAINED:
+                if value.get('checkpoint'):
+                    # of a list of several, too
+                    setting = key[: key.rindex('init_cfg') + len('init_cfg')]
+                    yield setting, value['checkpoint']
+
+
+PRETRAINED = ('Pretrained', 'PretrainedInit')
+
+
+def check_pretrained(model):
+    """Look for what the model starts from, as far as that needs no network."""
+    for key, path in pretrained(model):
+        scratch = f'start with random weights: --cfg-options {key}=None'
+        if path.startswith(('torchvision://', 'modelzoo://')):
+            if not find_spec('torchvision'):
+                fail(
+                    f'{key}: {path} needs torchvision, which names the file '
+                    f'to download: install it, or {scratch}'
+                )
+        elif '://' not in path and not osp.isfile(osp.expanduser(path)):
+            fail(
+                f'{key}: there is no checkpoint {path}; name one, or {scratch}'
+            )

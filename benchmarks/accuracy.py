@@ -55,6 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
 
 import _cli  # noqa: E402
+import _data  # noqa: E402
 import accuracy_report  # noqa: E402
 import torch  # noqa: E402
 from bench_op import environment, version  # noqa: E402
@@ -492,9 +493,9 @@ def check(args):
     cfg = configure(args, args.arms[0])
     args.lr = float(cfg.optim_wrapper.optimizer.lr)
     for split in ('train', 'test'):
-        _cli.check_data(cfg, split)
+        _data.check_data(cfg, split)
     for arm in args.arms:
-        _cli.check_model(configure(args, arm))
+        _cli.build_model(configure(args, arm))
 
 
 def parse(argv):

@@ -42,7 +42,7 @@ class Options(DictAction):
             key, equals, value = word.partition('=')
             if not key or not equals:
                 fail(f'{option_string}: expected KEY=VALUE, got {word}')
-            with mendable(f'{option_string} {key}'):
+            with user_errors(f'{option_string} {key}'):
                 options[key] = self.parse(value)
         setattr(namespace, self.dest, options)
 
@@ -98,7 +98,7 @@ def fail(message):
 
 
 @contextmanager
-def mendable(what):
+def user_errors(what):
     """Say in one line what a wrong config made mmengine raise."""
     try:
         yield
@@ -136,11 +136,11 @@ def read_config(args, *needed):
     """The config file, with --cfg-options, and with the keys that it needs."""
     if not osp.isfile(args.config):
         fail(f'config: there is no file {args.config}')
-    with mendable(f'config {args.config}'):
+    with user_errors(f'config {args.config}'):
         cfg = Config.fromfile(args.config)
     options = args.cfg_options or {}
     _check_keys(options, cfg)
-    with mendable('--cfg-options'):
+    with user_errors('--cfg-options'):
         cfg.merge_from_dict(options)
         if 'custom_imports' in cfg:  # reading the file imported the file's
             import_modules_from_strings(**cfg.custom_imports)
@@ -252,7 +252,9 @@ def build_model(cfg):
     """
     cfg = copy.deepcopy(cfg)  # building writes into it
     scope = cfg.get('default_scope')
-    with mendable('model'), MODELS.switch_scope_and_registry(scope) as models:
+    with user_errors('model'), MODELS.switch_scope_and_registry(
+        scope
+    ) as models:
         return models.build(cfg.model)
 
 
@@ -268,7 +270,7 @@ def build_optimizer(cfg, model):
     if isinstance(lr, str):
         fail(f'optim_wrapper.optimizer.lr: expected a number, got {lr}')
     switch = OPTIM_WRAPPER_CONSTRUCTORS.switch_scope_and_registry
-    with mendable('optim_wrapper'), switch(cfg.get('default_scope')):
+    with user_errors('optim_wrapper'), switch(cfg.get('default_scope')):
         return build_optim_wrapper(model, wrapper)
 
 
@@ -279,7 +281,7 @@ def check_train_cfg(cfg):
     by_epoch = settings.pop('by_epoch', None)
     name = 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop'
     scope = cfg.get('default_scope')
-    with mendable('train_cfg'), LOOPS.switch_scope_and_registry(
+    with user_errors('train_cfg'), LOOPS.switch_scope_and_registry(
         scope
     ) as loops:
         loop = settings.pop('type', name)
@@ -312,7 +314,7 @@ def build_runner(cfg):
             fail(f'--launcher {cfg.launcher} needs GPUs; on CPUs use pytorch')
         _cpu.distribute(cfg)
     _make_work_dir(cfg)
-    with mendable('config'):
+    with user_errors('config'):
         if 'runner_type' in cfg:
             return RUNNERS.build(cfg)
         return Runner.from_cfg(cfg)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from _cli import as_list, fail, mendable
+from _cli import as_list, fail, user_errors
 from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 from mmengine.dataset import BaseDataset, Compose
 from mmengine.hooks import Hook
@@ -65,7 +65,7 @@ def _each_dataset(function, cfg, key):
 
 
 def _check_dataset(cfg, key, datasets, heads):
-    with mendable(key):
+    with user_errors(key):
         cls = datasets.get(cfg.type)
         if inspect.isclass(cls) and not issubclass(cls, BaseDataset):
             return  # only it knows what it reads
@@ -181,7 +181,7 @@ def guarded(runner, *splits):
 
         key = f'{split}_dataloader'  # of the loop that is built, below
         dataset = _each_dataset(load, dataloader['dataset'], f'{key}.dataset')
-        with mendable(key):
+        with user_errors(key):
             try:
                 loader = build(
                     {**dataloader, 'dataset': dataset}, *args, **kwargs
@@ -202,7 +202,7 @@ def guarded(runner, *splits):
 
     runner.build_dataloader = build_checked
     for split in splits:
-        with mendable(f'{split}_cfg'):
+        with user_errors(f'{split}_cfg'):
             getattr(runner, f'{split}_loop')  # builds it
     del runner.build_dataloader  # again the class's
     if 'train' in splits:
@@ -225,7 +225,7 @@ def _load(kind, key, ignored, **cfg):
 
         class CheckedCOCO(dataset.COCOAPI):
             def __init__(self, *args, **kwargs):
-                with mendable(dataset.ann_file):
+                with user_errors(dataset.ann_file):
                     super().__init__(*args, **kwargs)
 
             def createIndex(self):

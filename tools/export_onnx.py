@@ -231,7 +231,7 @@ def main():
         checkpoint = _checkpoints.load(args.checkpoint)
 
     init_default_scope('mmseg')
-    with _cli.mendable('model'):
+    with _cli.user_errors('model'):
         segmentor = MODELS.build(cfg.model)
     if segmentor.out_channels == 1:
         _cli.fail('decode_head.out_channels is 1, expected 2 or more classes')

@@ -125,9 +125,9 @@ def main():
     if args.amp and get_device() == 'cpu' and cfg.default_scope == 'mmdet':
         _cpu.keep_boxes_in_fp32(runner.model)
     try:
-        with _data.guarded(runner, 'train', 'val'), (
-            _checkpoints.readable_errors(cfg.model)
-        ):
+        with _data.guarded(
+            runner, 'train', 'val'
+        ), _checkpoints.readable_errors(cfg.model):
             runner.train()
     except KeyboardInterrupt:
         stop(runner)

@@ -25,7 +25,7 @@ from mmengine.structures import BaseDataElement, InstanceData
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # tools, for _cli
-from _cli import CFG_OPTIONS, fail, mendable, read_config  # noqa: E402
+from _cli import CFG_OPTIONS, fail, read_config, user_errors  # noqa: E402
 
 
 def build(cfg):
@@ -37,7 +37,7 @@ def build(cfg):
     cfg = copy.deepcopy(cfg)  # building writes into it
     if 'auxiliary_head' in cfg:
         cfg.update(auxiliary_head=None)
-    with mendable('model'), warnings.catch_warnings():
+    with user_errors('model'), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # mmseg's, about its own losses
         return MODELS.build(cfg).eval()
 

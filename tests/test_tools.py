@@ -557,7 +557,23 @@ def test_incomplete_config(error, tool, key):
         ),
         (
             'model.neck.type=mmcarafe.CARAFFPN',
-            'model: KeyError: .*mmcarafe.CARAFFPN is not in the .*registry',
+            'model: there is no model of type mmcarafe.CARAFFPN, did you mean '
+            r'mmcarafe.CARAFEFPN\?$',
+        ),
+        (
+            'model.neck.type=CARAFEFPN',
+            'model: there is no model of type CARAFEFPN, did you mean '
+            r'mmcarafe.CARAFEFPN\?$',
+        ),
+        (
+            'model.neck.type=mmcaraf.CARAFEFPN',
+            'model: there is no model of type mmcaraf.CARAFEFPN, did you mean '
+            r'mmcarafe.CARAFEFPN\?$',
+        ),
+        (
+            'model.neck.out_channels=32',
+            'model.rpn_head.in_channels is 64, expected 32, the out_channels '
+            'of model.neck',
         ),
         (
             'model.neck.upsample_cgf.type=nearest',
@@ -573,7 +589,8 @@ def test_incomplete_config(error, tool, key):
         ),
         (
             'train_dataloader.dataset.pipeline.2.type=Resise',
-            'train_dataloader.dataset: KeyError: .*Resise is not in the .*',
+            'train_dataloader.dataset: there is no transform of type Resise, '
+            r'did you mean Resize\?$',
         ),
         (
             'train_dataloader.dataset.data_rot=/x',

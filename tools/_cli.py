@@ -15,6 +15,7 @@ import tempfile
 from contextlib import contextmanager
 
 import _cpu
+import mmengine.registry
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.optim import build_optim_wrapper
@@ -29,6 +30,7 @@ from mmengine.utils import apply_to, import_modules_from_strings
 
 import mmcarafe.registry  # noqa: F401  (so that mmseg:: is found)
 from mmcarafe import checkpoint
+from mmcarafe.models.fpn import TopDown
 
 checkpoint.enable()
 
@@ -115,9 +117,38 @@ def user_errors(what):
         # mmengine raises its own, which say only that custom_imports failed
         while error.__context__ and str(error).startswith('Failed to import'):
             error = error.__context__
+        if isinstance(error, KeyError):
+            _fail_for_unknown_type(what, str(error.args[0]))
         text = error.args[0] if isinstance(error, KeyError) else error
         text = ' '.join(str(text).split())
         fail(f'{what}: {type(error).__name__}: {text}')
+
+
+def _fail_for_unknown_type(what, text):
+    """Name the type that was meant, where mmengine names its manual."""
+    found = re.match(r'(\S+) is not in the (\w+)(::\w+)? registry', text)
+    if not found:
+        return
+    wrong, scope, kind = found.groups()
+    kind = (kind or f'::{scope}')[2:]
+    mmcarafe.registry.MODELS.import_from_location()
+    full_names = {}
+    for root in vars(mmengine.registry).values():
+        if not isinstance(root, mmengine.registry.Registry):
+            continue
+        if root.name != kind:
+            continue
+        children = sorted(
+            root.children.values(), key=lambda c: c.scope == scope
+        )
+        for registry in [root, *children]:  # the nearest comes last
+            near = registry is root or registry.scope == scope
+            prefix = '' if near else f'{registry.scope}.'
+            for name in registry.module_dict:
+                full_names[name] = prefix + name
+    close = difflib.get_close_matches(wrong.split('.')[-1], full_names, 1)
+    hint = f', did you mean {full_names[close[0]]}?' if close else ''
+    fail(f'{what}: there is no {kind} of type {wrong}{hint}')
 
 
 def load_config(args, *needed):
@@ -255,7 +286,24 @@ def build_model(cfg):
     with user_errors('model'), MODELS.switch_scope_and_registry(
         scope
     ) as models:
-        return models.build(cfg.model)
+        model = models.build(cfg.model)
+    _check_width(model)
+    return model
+
+
+def _check_width(model):
+    """Compare the channels that a neck of ours gives with what heads take."""
+    neck = getattr(model, 'neck', None)
+    if not isinstance(neck, TopDown):
+        return
+    for name in ('rpn_head', 'bbox_head', 'decode_head', 'auxiliary_head'):
+        for head in as_list(getattr(model, name, None)):
+            for channels in as_list(getattr(head, 'in_channels', None)):
+                if channels not in (None, neck.out_channels):
+                    fail(
+                        f'model.{name}.in_channels is {channels}, expected '
+                        f'{neck.out_channels}, the out_channels of model.neck'
+                    )
 
 
 def build_optimizer(cfg, model):

@@ -41,10 +41,16 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '6')
 import gpu_baselines  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.func import functional_call  # noqa: E402
 
 import mmcarafe  # noqa: E402
 from mmcarafe.__main__ import PACKAGES, version  # noqa: E402
 from mmcarafe.ops import carafe_from_logits, reference  # noqa: E402
+from mmcarafe.upsamplers import (  # noqa: E402
+    CARAFE,
+    COMPARED,
+    build_upsampler,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SIZE = 5
@@ -85,8 +91,22 @@ def carafe(features, logits):
     return carafe_from_logits(features, logits, KERNEL_SIZE)
 
 
-def interpolate(mode):
-    return lambda x: F.interpolate(x, scale_factor=2, mode=mode)
+def modules(features):
+    """What is compared with the operator: whole modules, in every parameter.
+
+    CARAFE and its relatives start from logits in :func:`methods`.
+    """
+    for name, cfg in COMPARED.items():
+        module = build_upsampler(cfg, features.shape[1])
+        if isinstance(module, CARAFE):
+            continue
+        module = module.to(features)
+        names = [name for name, _ in module.named_parameters()]
+
+        def run(x, *values, module=module, names=names):
+            return functional_call(module, dict(zip(names, values)), (x,))
+
+        yield name, (run, [features, *module.parameters()])
 
 
 def methods(features, mmcv):
@@ -100,8 +120,6 @@ def methods(features, mmcv):
     )
     logits = torch.randn(n, 4 * KERNEL_SIZE**2, h, w, **options)
     logits = logits.contiguous(memory_format=memory_format)
-    deconv = torch.randn(c, c, 3, 3, **options) / (9 * c) ** 0.5
-    expand = torch.randn(4 * c, c, 3, 3, **options) / (9 * c) ** 0.5
     more = {}
     if features.is_cuda:
         more = gpu_baselines.methods(features, logits, KERNEL_SIZE, mmcv)
@@ -113,24 +131,13 @@ def methods(features, mmcv):
             inputs = [features.to(**kwargs), logits.to(**kwargs)]
             more[name] = carafe, inputs
     return {
-        'nearest': (interpolate('nearest'), [features]),
-        'bilinear': (interpolate('bilinear'), [features]),
+        **dict(modules(features)),
         'CARAFE': (carafe, [features, logits]),
         'CARAFE, PyTorch path': (
             lambda x, y: reference.carafe_from_logits(x, y, KERNEL_SIZE),
             [features, logits],
         ),
         'CARAFE, unfold + matmul': (unfold_matmul, [features, logits]),
-        'deconv 3x3': (
-            lambda x, w: F.conv_transpose2d(
-                x, w, stride=2, padding=1, output_padding=1
-            ),
-            [features, deconv],
-        ),
-        'pixel shuffle': (
-            lambda x, w: F.pixel_shuffle(F.conv2d(x, w, padding=1), 2),
-            [features, expand],
-        ),
         **more,
     }
 

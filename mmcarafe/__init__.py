@@ -4,29 +4,28 @@ import importlib
 
 __version__ = '0.1.0'
 
-# Where each name lives, and what that needs beside torch.
-_WHERE = {
-    'CARAFE': ('upsamplers', None),
-    'DynamicFilter': ('upsamplers', None),
-    'build_upsampler': ('upsamplers', None),
-    'swap_upsample': ('models', 'mmengine'),
-    'CARAFEFPN': ('models', 'mmdet'),
-    'CARAFEPAFPN': ('models', 'mmdet'),
-    'CARAFEUPerHead': ('models', 'mmseg with ftfy and regex'),
+# Names of mmcarafe.models, and what they need beside torch. All others are
+# those of mmcarafe.upsamplers, which needs torch alone.
+_NEEDS = {
+    'swap_upsample': 'mmengine',
+    'CARAFEFPN': 'mmdet',
+    'CARAFEPAFPN': 'mmdet',
+    'CARAFEUPerHead': 'mmseg with ftfy and regex',
 }
-__all__ = list(_WHERE)
 
 
 def __getattr__(name):
     # `import mmcarafe` costs no import of torch or of a host project.
     if name in ('ops', 'upsamplers', 'models'):
         return importlib.import_module(f'mmcarafe.{name}')
-    if name not in _WHERE:
+    if name in _NEEDS:
+        found = importlib.import_module('mmcarafe.models')
+        if not hasattr(found, name):
+            raise ImportError(
+                f'mmcarafe.{name} needs {_NEEDS[name]}, which is not installed'
+            )
+        return getattr(found, name)
+    upsamplers = importlib.import_module('mmcarafe.upsamplers')
+    if name not in upsamplers.__all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    package, needs = _WHERE[name]
-    found = importlib.import_module(f'mmcarafe.{package}')
-    if not hasattr(found, name):
-        raise ImportError(
-            f'mmcarafe.{name} needs {needs}, which is not installed'
-        )
-    return getattr(found, name)
+    return getattr(upsamplers, name)

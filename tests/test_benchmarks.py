@@ -141,7 +141,7 @@ def test_what_is_kept_for_the_backward_pass(bench_op):
     assert kept('nearest') == 0
 
 
-@pytest.mark.parametrize('name', ['deconv 3x3', 'bilinear'])
+@pytest.mark.parametrize('name', ['deconvolution 3×3', 'bilinear'])
 def test_a_method_that_fails(name, bench_op, monkeypatch, capsys, tmp_path):
     """It costs the others nothing, and the report and the exit show it."""
 

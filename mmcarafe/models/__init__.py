@@ -3,12 +3,13 @@
 from mmcarafe import checkpoint, flops
 from mmcarafe.models.swap import swap_upsample
 from mmcarafe.registry import HAS_MMDET, HAS_MMSEG, MODELS
-from mmcarafe.upsamplers import CARAFE, DynamicFilter
+from mmcarafe.upsamplers import CARAFE, UPSAMPLERS, DynamicFilter
 
 __all__ = ['CARAFE', 'DynamicFilter', 'swap_upsample']
 
-MODELS.register_module(module=CARAFE)
-MODELS.register_module(module=DynamicFilter)
+for _type, (_cls, _) in UPSAMPLERS.items():
+    if _type == _cls.__name__:  # ours; mmcv has registered the others
+        MODELS.register_module(module=_cls)
 
 # The necks are subclasses of mmdet's and the head one of mmseg's. Without
 # them, or without what mmseg imports and does not require, the rest works.

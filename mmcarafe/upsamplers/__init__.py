@@ -3,6 +3,7 @@
 from mmcarafe.upsamplers.build import (
     COMPARED,
     UPSAMPLE_CFG,
+    UPSAMPLERS,
     PixelShuffle,
     build_upsampler,
     match_size,
@@ -14,6 +15,7 @@ __all__ = [
     'CARAFE',
     'COMPARED',
     'UPSAMPLE_CFG',
+    'UPSAMPLERS',
     'DynamicFilter',
     'PixelShuffle',
     'build_upsampler',

@@ -55,26 +55,19 @@ class PixelShuffle(nn.Module):
         return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
 
 
-# What a config may name, with torch alone; 'mmcarafe.CARAFE' is the full name
-# of 'CARAFE'. Where mmengine is there, its registry adds all that it knows.
+# Each upsampler by its type in configs: its class, and what tables call it.
+# This is what a config may name with torch alone; where mmengine is there, its
+# registry adds all that it knows. 'CARAFE' is 'mmcarafe.CARAFE' in full.
 UPSAMPLERS = {
-    'nearest': nn.Upsample,
-    'bilinear': nn.Upsample,
-    'deconv': nn.ConvTranspose2d,
-    'pixel_shuffle': PixelShuffle,
-    'CARAFE': CARAFE,
-    'DynamicFilter': DynamicFilter,
+    'nearest': (nn.Upsample, 'nearest'),
+    'bilinear': (nn.Upsample, 'bilinear'),
+    'deconv': (nn.ConvTranspose2d, 'deconvolution 3×3'),
+    'pixel_shuffle': (PixelShuffle, 'pixel shuffle 3×3'),
+    'DynamicFilter': (DynamicFilter, 'dynamic filter 5×5'),
+    'CARAFE': (CARAFE, 'CARAFE 5×5'),
 }
-
 # What tables, benchmarks and tests compare: name -> config.
-COMPARED = {
-    'nearest': dict(type='nearest'),
-    'bilinear': dict(type='bilinear'),
-    'deconvolution 3×3': dict(type='deconv'),
-    'pixel shuffle 3×3': dict(type='pixel_shuffle'),
-    'dynamic filter 5×5': dict(type='mmcarafe.DynamicFilter'),
-    'CARAFE 5×5': dict(type='mmcarafe.CARAFE'),
-}
+COMPARED = {name: dict(type=kind) for kind, (_, name) in UPSAMPLERS.items()}
 
 
 def build_upsampler(
@@ -144,7 +137,7 @@ def _find_class(kind, name):
     cls = None
     known = list(UPSAMPLERS)
     if isinstance(kind, str):
-        cls = UPSAMPLERS.get(kind.split('mmcarafe.', 1)[-1])
+        cls, _ = UPSAMPLERS.get(kind.split('mmcarafe.')[-1], (None, None))
         if cls is None and find_spec('mmengine'):
             from mmcarafe.registry import MODELS
 

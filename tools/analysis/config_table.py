@@ -50,17 +50,33 @@ def metadata(root):
     return models
 
 
-def places(cfg):
-    """Where the model of a config has CARAFE, in the order of PLACES."""
+def upsampling(cfg):
+    """What the model of a config upsamples with, and where."""
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         with torch.device('meta'):
             model = build(cfg.model)
-    found = {
-        next(place for place in PLACES if name.startswith(place[0]))
+    modules = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, (mmcarafe.CARAFE, CARAFEPack))
     }
-    return [place for _, place in sorted(found, key=PLACES.index)]
+    if not modules:
+        return f"{cfg.default_scope}'s own"
+    found = {
+        next(place for place in PLACES if name.startswith(place[0]))
+        for name in modules
+    }
+    where = [place for _, place in sorted(found, key=PLACES.index)]
+    changed = any(
+        getattr(module, 'border', 'zeros') == 'renormalize'
+        for module in modules.values()
+    )
+    return (
+        'CARAFE'
+        + (' with both changes' if changed else '')
+        + ' in '
+        + ' and '.join(filter(None, [', '.join(where[:-1]), where[-1]]))
+    )
 
 
 def table(root):
@@ -72,11 +88,6 @@ def table(root):
     for path in sorted(root.glob('configs/*/*.py')):
         config = path.relative_to(root).as_posix()
         cfg = Config.fromfile(path)
-        upsampling = f"{cfg.default_scope}'s own"
-        if found := places(cfg):
-            upsampling = 'CARAFE in ' + ' and '.join(
-                filter(None, [', '.join(found[:-1]), found[-1]])
-            )
         model = models.get(config, {})
         about = model.get('Metadata', {})
         result = ', '.join(
@@ -89,7 +100,7 @@ def table(root):
             result += f' ({notes.setdefault(about["Conditions"], letter)})'
         name = f'[`{path.parent.name}/{path.stem}`]({config})'
         yield (
-            f'| {name} | {upsampling} | {result or "not measured yet"} | '
+            f'| {name} | {upsampling(cfg)} | {result or "not measured yet"} | '
             f'{about.get("Result of the paper", "")} |'
         )
     for note, letter in notes.items():

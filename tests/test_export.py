@@ -104,7 +104,7 @@ def yolox():
         of='YOLOXPAFPN',
         out_channels=8,
         num_csp_blocks=1,
-        upsampler=SMALL,
+        upsample_cfg=SMALL,
     )
 
 
@@ -121,6 +121,15 @@ def head():
 MODELS_OF = {
     'module': module,
     'two_groups': lambda: module(up_group=2, normalizer='sigmoid_normalized'),
+    'renormalized': lambda: module(
+        up_group=2, border='renormalize', init='bilinear'
+    ),
+    'renormalized_sigmoids': lambda: module(
+        scale_factor=3,
+        up_kernel=3,
+        normalizer='sigmoid_normalized',
+        border='renormalize',
+    ),
     'times_three': lambda: module(
         scale_factor=3, up_kernel=3, normalizer='sigmoid', out_channels=4
     ),

@@ -13,6 +13,7 @@ from mmcarafe.upsamplers import (
     build_upsampler,
     match_size,
 )
+from mmcarafe.upsamplers.carafe import FLOOR
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,85 @@ def test_starts_as_a_box_filter():
     torch.testing.assert_close(inner, torch.ones_like(inner))
 
 
+def test_constants_stay_constant_with_a_renormalised_border():
+    """On the smallest maps too, as PPM has them."""
+    module = CARAFE(4, border='renormalize')
+    nn.init.normal_(module.content_encoder.weight)
+    for size in ((1, 1), (2, 2), (4, 4), (9, 7)):
+        out = module(torch.ones(1, 4, *size))
+        assert (out - 1).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize('normalizer', ['softmax', 'sigmoid_normalized'])
+@pytest.mark.parametrize('scale_factor', [1, 2, 3, 4])
+@pytest.mark.parametrize('kernel_size', [3, 5, 7])
+def test_starts_as_bilinear(kernel_size, scale_factor, normalizer):
+    """Up to the floor of each tap, at the border too."""
+    module = CARAFE(
+        4,
+        scale_factor,
+        kernel_size,
+        up_group=2,
+        normalizer=normalizer,
+        border='renormalize',
+        init='bilinear',
+    )
+    x = torch.rand(1, 4, 9, 12)
+    bilinear = F.interpolate(
+        x, scale_factor=scale_factor, mode='bilinear', align_corners=False
+    )
+    # of values between 0 and 1: the floors' share of the weights
+    share = kernel_size**2 * FLOOR / (1 + kernel_size**2 * FLOOR)
+    noise = 0.003  # the encoder's weights are N(0, 0.001)
+    assert (module(x) - bilinear).abs().max() <= share + noise
+    nn.init.zeros_(module.content_encoder.weight)
+    r = scale_factor * (kernel_size // 2)
+    mean = F.avg_pool2d(x, kernel_size, 1)  # what all floors together read
+    mean = mean.repeat_interleave(scale_factor, 2)
+    mean = mean.repeat_interleave(scale_factor, 3)
+    inner = bilinear[:, :, r:-r, r:-r]
+    expected = (1 - share) * inner + share * mean
+    torch.testing.assert_close(module(x)[:, :, r:-r, r:-r], expected)
+
+
+@pytest.mark.parametrize('normalizer', ['sigmoid', None])
+def test_starts_as_bilinear_without_a_sum(normalizer):
+    """Such weights need not sum to one, so those inside are compared."""
+    module = CARAFE(4, normalizer=normalizer, init='bilinear')
+    nn.init.zeros_(module.content_encoder.weight)
+    x = torch.rand(1, 4, 9, 12)
+    bilinear = F.interpolate(x, scale_factor=2, mode='bilinear')
+    difference = (module(x) - bilinear)[:, :, 4:-4, 4:-4]
+    assert difference.abs().max() <= 25 * FLOOR
+
+
+def test_bilinear_start_survives_a_parents_init_cfg():
+    class Parent(BaseModule):
+        def __init__(self):
+            super().__init__(
+                dict(type='Normal', layer='Conv2d', std=1, bias=5)
+            )
+            self.ups = ModuleList([CARAFE(16, init='bilinear')])
+
+    parent = Parent()
+    parent.init_weights()
+    encoder = parent.ups[0].content_encoder
+    bias = encoder.bias.view(25, 4)
+    centre, corner = bias[12], bias[0]
+    assert bias.softmax(0)[12].allclose(torch.tensor(0.5635 / 1.025))
+    assert (centre - corner).allclose(torch.tensor(563.5).log())
+    assert encoder.weight.std().item() == pytest.approx(0.001, rel=0.05)
+
+
+def test_bilinear_start_reaches_every_tap():
+    """The floor lets a gradient through to taps that bilinear leaves out."""
+    module = CARAFE(4, border='renormalize', init='bilinear')
+    x = torch.randn(1, 4, 9, 9)
+    module(x).square().sum().backward()
+    gradient = module.content_encoder.bias.grad.view(25, 4).abs()
+    assert gradient.min() > 1e-5 * gradient.max()
+
+
 def test_channels_last_goes_through():
     x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
     module = CARAFE(8).to(memory_format=torch.channels_last)
@@ -119,6 +199,16 @@ def test_bfloat16_autocast():
         (dict(compressed_channels=0.01), 'compressed_channels is 0, expected'),
         (dict(normalizer='relu'), "normalizer is 'relu', expected one of"),
         (dict(out_channels=-2), 'out_channels is -2, expected'),
+        (dict(border='mirror'), "border is 'mirror', expected one of"),
+        (
+            dict(border='renormalize', normalizer='sigmoid'),
+            "border is 'renormalize' and normalizer 'sigmoid', expected",
+        ),
+        (dict(init='zeros'), "init is 'zeros', expected one of"),
+        (
+            dict(init='bilinear', up_kernel=1),
+            "init is 'bilinear' and up_kernel 1, expected >= 3",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )

@@ -543,12 +543,13 @@ def _normalize_backward(
     """:func:`mmcarafe.ops.reference.normalize_backward`, [TAPS, M]."""
     weights = _normalize(logits, K, NORMALIZER, TAPS)
     if NORMALIZER == 'sigmoid':
-        return grad * weights * (1 - weights)
-    grad = weights * (grad - tl.sum(weights * grad, 0)[None, :])
-    if NORMALIZER == 'sigmoid_normalized':
-        grad *= tl.sigmoid(-logits)
+        grad = grad * weights * (1 - weights)
     else:
-        tl.static_assert(NORMALIZER == 'softmax', 'unknown normalizer')
+        grad = weights * (grad - tl.sum(weights * grad, 0)[None, :])
+        if NORMALIZER == 'sigmoid_normalized':
+            grad *= tl.sigmoid(-logits)
+        else:
+            tl.static_assert(NORMALIZER == 'softmax', 'unknown normalizer')
     return grad
 
 
@@ -594,13 +595,15 @@ def _peak_and_scale(
 
 @triton.jit
 def _unscaled(logit, peak, NORMALIZER: tl.constexpr):
+    # One return at the end: Triton compiles what follows an early one too.
     if NORMALIZER == 'softmax':
-        return tl.exp(logit - peak)
-    if NORMALIZER == 'sigmoid_normalized':
-        return tl.exp(_log_sigmoid(logit) - peak)
-    if NORMALIZER == 'sigmoid':
-        return tl.sigmoid(logit)
-    tl.static_assert(NORMALIZER is None, 'unknown normalizer')
+        logit = tl.exp(logit - peak)
+    elif NORMALIZER == 'sigmoid_normalized':
+        logit = tl.exp(_log_sigmoid(logit) - peak)
+    elif NORMALIZER == 'sigmoid':
+        logit = tl.sigmoid(logit)
+    else:
+        tl.static_assert(NORMALIZER is None, 'unknown normalizer')
     return logit
 
 

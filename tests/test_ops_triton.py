@@ -5,6 +5,7 @@ Triton's interpreter: in a process of its own, because Triton has to know
 before it is imported. Compiling ahead of time needs no GPU either.
 """
 
+import inspect
 import itertools
 import os
 import re
@@ -13,6 +14,13 @@ import sys
 
 import pytest
 import torch
+from cases import (
+    OPTIONS,
+    Case,
+    all_options,
+    assert_as_exact_as,
+    forward_and_gradients,
+)
 from torch.utils.checkpoint import checkpoint
 
 import mmcarafe.ops.triton as kernels
@@ -70,62 +78,99 @@ OPERATORS = {
     'reassemble_grad_weights': reference.reassemble_grad_weights,
 }
 for_each_operator = pytest.mark.parametrize('name', OPERATORS)
-# N, C, H, W, K, G, S, normalizer, and what the weights are a view of
-FPN = (1, 20, 5, 9, 5, 1, 2, 'softmax', 'logits')
+FPN = Case(1, 20, 5, 9)  # several tiles and blocks of channels
+# Shape, options, and what the weights are a view of
 CASES = {
-    'fpn': FPN,
-    'ready-masks': (2, 8, 2, 4, 5, 1, 2, None, 'masks'),
-    'H=1': (1, 3, 1, 7, 3, 1, 2, 'softmax', 'logits'),
-    'W=1-S=1': (1, 3, 9, 1, 3, 1, 1, 'sigmoid', 'masks'),
-    'K=1': (1, 4, 3, 3, 1, 1, 2, 'sigmoid_normalized', 'logits'),
-    'G=2-S=3': (1, 6, 2, 4, 3, 2, 3, 'sigmoid_normalized', 'logits'),
-    'G=4-S=4': (1, 8, 2, 3, 3, 4, 4, None, 'logits'),
-    'K*K*G>384': (1, 8, 2, 3, 7, 8, 1, 'softmax', 'logits'),
-    'larger-than-every-tile': (1, 2, 2, 3, 17, 1, 1, 'softmax', 'masks'),
+    'fpn': (FPN, OPTIONS['softmax-zeros'], 'logits'),
+    'fpn-renormalize': (
+        FPN._replace(w=6),
+        OPTIONS['softmax-renormalize'],
+        'logits',
+    ),
+    'ready-masks': (Case(2, 8, 2, 4), OPTIONS['None-zeros'], 'masks'),
+    'one-row': (
+        Case(1, 3, 1, 7, k=3),
+        OPTIONS['sigmoid_normalized-zeros'],
+        'logits',
+    ),
+    'one-column-S=1': (
+        Case(1, 3, 9, 1, k=3, s=1),
+        OPTIONS['sigmoid-zeros'],
+        'masks',
+    ),
+    'one-pixel-all-taps-but-one-outside': (
+        Case(1, 2, 1, 1),
+        OPTIONS['softmax-renormalize'],
+        'logits',
+    ),
+    'K=1': (
+        Case(1, 4, 3, 3, k=1),
+        OPTIONS['sigmoid_normalized-zeros'],
+        'logits',
+    ),
+    'G=2-S=3': (
+        Case(1, 6, 2, 4, k=3, g=2, s=3),
+        OPTIONS['sigmoid_normalized-renormalize'],
+        'logits',
+    ),
+    # The public function refuses this border, which has no sum to change.
+    'G=4-S=4': (
+        Case(1, 8, 2, 3, k=3, g=4, s=4),
+        (None, 'renormalize'),
+        'logits',
+    ),
+    'K*K*G>384': (
+        Case(1, 8, 2, 3, k=7, g=8, s=1),
+        OPTIONS['softmax-zeros'],
+        'logits',
+    ),
+    # K=7 and S=2: the gradient of features takes its patch in parts
+    'window-larger-than-map': (
+        Case(1, 2, 2, 3, k=7),
+        OPTIONS['softmax-renormalize'],
+        'logits',
+    ),
+    'larger-than-every-tile': (
+        Case(1, 2, 2, 3, k=17, s=1),
+        OPTIONS['softmax-zeros'],
+        'masks',
+    ),
 }
 
 
-def problem(case, dtype, device, channels_last=False):
-    """Random grad, features and weights, and the normalizer."""
-    n, c, h, w, k, g, s, normalizer, form = case
+def problem(case, options, form, dtype, device, channels_last=False):
+    """Random grad, features and scores, and the options."""
     device = device.replace('interpreter', 'cpu')
-    random = torch.Generator(device).manual_seed(h * w + k)
 
     def randn(*shape):
-        x = torch.randn(shape, generator=random, dtype=dtype, device=device)
+        x = torch.randn(shape, dtype=dtype, device=device)
         if channels_last:
             x = x.to(memory_format=torch.channels_last)
         return x
 
-    if form == 'masks':
-        weights = randn(n, g * k * k, s * h, s * w)
-        weights = reference.scores_from_masks(weights, k, g, s)
-    else:
-        weights = randn(n, g * k * k * s * s, h, w)
-        weights = reference.scores_from_logits(weights, k, g, s)
-    return randn(n, c, s * h, s * w), randn(n, c, h, w), weights, normalizer
+    view = getattr(reference, f'scores_from_{form}')
+    scores = view(randn(*getattr(case, f'{form}_shape')), *case.arguments)
+    high = case.n, case.c, case.s * case.h, case.s * case.w
+    return randn(*high), randn(*case.features_shape), scores, *options
 
 
-def arguments(name, grad, features, weights, normalizer):
+def arguments(name, grad, features, scores, *options):
     tensors = {
-        'reassemble': (features, weights),
-        'reassemble_grad_features': (grad, weights),
-        'reassemble_grad_weights': (grad, features, weights),
+        'reassemble': (features, scores),
+        'reassemble_grad_features': (grad, scores),
+        'reassemble_grad_weights': (grad, features, scores),
     }[name]
-    return *tensors, normalizer
+    return *tensors, *options
 
 
 def check(name, args):
-    """fp32: assert_close. 16 bits: at most twice the reference's own error."""
+    *tensors, normalizer, border = args
+    options = normalizer, border
     got = getattr(kernels, name)(*args)
     same_dtype = OPERATORS[name](*args)
-    assert (got.dtype, got.stride()) == (args[0].dtype, same_dtype.stride())
-    want = OPERATORS[name](*(x.double() for x in args[:-1]), args[-1])
-    if got.dtype == torch.float32:
-        torch.testing.assert_close(got, want.float())
-    else:
-        error = (got.double() - want).abs().max()
-        assert error <= 2 * (same_dtype.double() - want).abs().max()
+    assert got.stride() == same_dtype.stride()
+    exact = OPERATORS[name](*(x.double() for x in tensors), *options)
+    assert_as_exact_as(got, same_dtype, exact)
 
 
 @pytest.fixture(autouse=INTERPRETED)
@@ -165,11 +210,53 @@ def _untuned(monkeypatch):
     kernels._plan.cache_clear()
 
 
+def test_cases_have_all_options():
+    assert {options for _, options, _ in CASES.values()} >= {*OPTIONS.values()}
+
+
 @on_each_device_and_layout
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 @for_each_operator
 def test_agrees_with_fp64(name, case, device, dtype, channels_last):
-    check(name, arguments(name, *problem(case, dtype, device, channels_last)))
+    check(name, arguments(name, *problem(*case, dtype, device, channels_last)))
+
+
+@on_each_device(DTYPES)
+@pytest.mark.parametrize('value', [torch.nan, torch.inf], ids=str)
+@for_each_operator
+def test_scores_outside_have_no_effect(name, value, device, dtype):
+    """Neither on the weights inside, nor by not being finite."""
+    case = Case(1, 3, 2, 3, k=3)  # each pixel has taps outside
+    options = OPTIONS['softmax-renormalize']
+    grad, features, scores, *_ = problem(
+        case, options, 'logits', dtype, device
+    )
+    spoilt = scores.masked_fill(outside(scores), value)
+    clean, other = (
+        getattr(kernels, name)(*arguments(name, grad, features, x, *options))
+        for x in (scores, spoilt)
+    )
+    assert clean.isfinite().all()
+    assert torch.equal(clean, other)
+
+
+@on_each_device(DTYPES)
+def test_gradient_of_scores_outside_is_zero(device, dtype):
+    """Of a renormalised border, though the other was called just before."""
+    *tensors, normalizer, _ = problem(*CASES['fpn'], dtype, device)
+    zeros, renormalize = (
+        kernels.reassemble_grad_weights(*tensors, normalizer, border)
+        for border in ('zeros', 'renormalize')
+    )
+    there = outside(tensors[-1])
+    assert zeros[there].all()
+    assert not renormalize[there].any()
+
+
+def outside(scores):
+    """Which scores are of taps outside of the map."""
+    finite = torch.zeros_like(scores)
+    return reference.exclude_outside(finite, 'renormalize').isinf()
 
 
 @on_each_device([()])
@@ -187,8 +274,10 @@ def test_every_candidate(name, kind, config, device, monkeypatch):
     dtype = torch.float32 if 'fp32' in kind else torch.float16
     # More than one tile and one block of channels in every direction.
     size = (5, 9) if config.banded else (2, 5)
-    case = (1, 130, *size, 3, 1, 2, 'softmax', 'logits')
-    check(name, arguments(name, *problem(case, dtype, device, 'NHWC' in kind)))
+    case = Case(1, 130, *size, k=3), OPTIONS['softmax-zeros'], 'logits'
+    check(
+        name, arguments(name, *problem(*case, dtype, device, 'NHWC' in kind))
+    )
 
 
 @on_each_device(DTYPES)
@@ -196,39 +285,38 @@ def test_every_candidate(name, kind, config, device, monkeypatch):
 def test_64_bit_offsets(name, dtype, device, monkeypatch):
     """What images of 2**31 elements take, on a small one."""
     monkeypatch.setattr(kernels, '_largest_offset', lambda tensors: 2**31)
-    check(name, arguments(name, *problem(FPN, dtype, device)))
+    case = CASES['fpn-renormalize']
+    check(name, arguments(name, *problem(*case, dtype, device)))
 
 
 @on_each_device([()])
 @for_each_operator
 def test_strides_of_slices_and_of_one_value(name, device):
-    n, c, h, w, k, g, s, *_ = FPN
-    _, features, weights, _ = problem(
-        (n, 2 * c, h + 3, w, k, g, s, 'softmax', 'logits'),
-        torch.float32,
-        device,
+    case, options, form = CASES['fpn-renormalize']
+    larger = case._replace(c=2 * case.c, h=case.h + 3)
+    grad, features, scores, *_ = problem(
+        larger, options, form, torch.float32, device
     )
     features = features[:, ::2, 3:]
-    weights = weights[..., 1:-2, :].flip(-1)
+    scores = scores[..., 1:-2, :].flip(-1)
     # What backward() of a sum passes: one value, all strides 0.
-    grad = features.new_ones(()).expand(n, c, s * h, s * w)
-    check(name, arguments(name, grad, features, weights, 'softmax'))
+    grad = grad.new_ones(()).expand_as(grad[:, : case.c, : case.s * case.h])
+    check(name, arguments(name, grad, features, scores, *options))
 
 
 @on_each_device([()])
 @for_each_operator
 def test_empty_batch(name, device):
-    args = problem((0, *FPN[1:]), torch.float32, device)
-    got = getattr(kernels, name)(*arguments(name, *args))
-    want = OPERATORS[name](*arguments(name, *args))
-    assert got.shape == want.shape
+    case, options, form = CASES['fpn']
+    empty = problem(case._replace(n=0), options, form, torch.float32, device)
+    check(name, arguments(name, *empty))
 
 
 @on_each_device(DTYPES)
 @for_each_operator
 def test_writes_every_element(name, device, dtype, deterministic):
     """``deterministic`` fills what torch.empty returns with NaN."""
-    args = arguments(name, *problem(CASES['G=2-S=3'], dtype, device))
+    args = arguments(name, *problem(*CASES['G=2-S=3'], dtype, device))
     assert torch.empty_like(args[0]).isnan().all()
     assert getattr(kernels, name)(*args).isfinite().all()
 
@@ -236,7 +324,7 @@ def test_writes_every_element(name, device, dtype, deterministic):
 @on_each_device(DTYPES)
 @for_each_operator
 def test_twice_is_equal_to_the_bit(name, dtype, device):
-    args = arguments(name, *problem(FPN, dtype, device))
+    args = arguments(name, *problem(*CASES['fpn'], dtype, device))
     kernel = getattr(kernels, name)
     assert torch.equal(kernel(*args), kernel(*args))
 
@@ -247,6 +335,38 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@for_each_operator
+def test_takes_the_arguments_of_the_schema(name):
+    """Defaults too: torch leaves out arguments that are equal to them."""
+    schema = getattr(torch.ops.mmcarafe, name).default._schema
+    signature = inspect.signature(getattr(kernels, name))
+    assert [(x.name, x.default) for x in signature.parameters.values()] == [
+        (
+            x.name,
+            x.default_value
+            if x.has_default_value()
+            else inspect.Parameter.empty,
+        )
+        for x in schema.arguments
+    ]
+
+
+BAD_OPTIONS = {
+    'normalizer': ('tanh', 'zeros'),
+    'border': ('softmax', 'mirror'),
+}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('option', BAD_OPTIONS)
+@for_each_operator
+def test_unknown_option(name, option, dtype):
+    case, _, form = CASES['fpn']
+    args = problem(case, BAD_OPTIONS[option], form, dtype, 'cpu')
+    with pytest.raises(ValueError, match=f"{option} is '.*', expected one of"):
+        getattr(kernels, name)(*arguments(name, *args))
 
 
 class _Clock:
@@ -389,10 +509,17 @@ def fpn_level(kind, channels_last):
             shape, dtype=dtype, device='meta', memory_format=form
         )
 
-    weights = reference.scores_from_logits(
+    scores = reference.scores_from_logits(
         empty(n, k * k * s * s, h, w), k, 1, s
     )
-    return empty(n, c, s * h, s * w), empty(n, c, h, w), weights, 'softmax'
+    return empty(n, c, s * h, s * w), empty(n, c, h, w), scores
+
+
+TARGETS = {
+    'sm_80': ('cuda', 80, 32),
+    'sm_90': ('cuda', 90, 32),
+    'gfx942': ('hip', 'gfx942', 64),
+}
 
 
 @needs_triton
@@ -405,16 +532,20 @@ def test_fast_paths_spill_no_registers(
 ):
     if name == 'reassemble' and ('NHWC' in kind) != channels_last:
         pytest.skip('candidates of the other memory format')
-    args = arguments(name, *fpn_level(kind, channels_last))
-    # sm_80: the defaults alone, which every smaller GPU has to run.
-    configs = kernels._CANDIDATES[name, kind][
-        : None if capability == 90 else 1
-    ]
-    for config in configs:
+    tensors = fpn_level(kind, channels_last)
+    first, *others = kernels._CANDIDATES[name, kind]
+    runs = [(first, 'zeros')]
+    # sm_80: the default alone, which every smaller GPU has to run.
+    if capability == 90:
+        runs += [(config, 'zeros') for config in others]
+        runs += [(first, 'renormalize')]
+    for config, border in runs:
         monkeypatch.setitem(kernels.pinned, name, config)
-        kernel = compile_for(('cuda', capability, 32), name, args)
+        args = arguments(name, *tensors, 'softmax', border)
+        kernel = compile_for(TARGETS[f'sm_{capability}'], name, args)
         registers, stack = resources(kernel, tmp_path / 'cubin')
-        print(config, registers, 'registers', kernel.metadata.shared, 'bytes')
+        shared = kernel.metadata.shared
+        print(config, border, registers, 'registers', shared, 'bytes')
         assert stack == 0
         banded_16_bit = config.banded and '16 bit' in kind
         assert ('mma' in kernel.asm['ptx']) == banded_16_bit
@@ -423,21 +554,50 @@ def test_fast_paths_spill_no_registers(
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
 @pytest.mark.parametrize(
-    'target',
-    [('cuda', 80, 32), ('cuda', 90, 32), ('hip', 'gfx942', 64)],
-    ids=['sm_80', 'sm_90', 'gfx942'],
-)
-@pytest.mark.parametrize(
-    'case', [CASES['G=2-S=3'], CASES['larger-than-every-tile']], ids=str
+    ('case', 'target'),
+    [
+        *itertools.product(
+            ['G=2-S=3', 'larger-than-every-tile'],
+            ['sm_80', 'sm_90', 'gfx942'],
+        ),
+        ('one-column-S=1', 'sm_90'),
+        ('ready-masks', 'sm_90'),
+    ],
 )
 @for_each_operator
 def test_other_shapes_compile(name, case, target, compile_for, monkeypatch):
     """Every normalizer, and offsets of 64 bits."""
     monkeypatch.setattr(kernels, '_largest_offset', lambda tensors: 2**31)
-    grad, features, weights, normalizer = problem(case, torch.float16, 'cpu')
-    args = [x.to('meta') for x in (grad, features, weights)]
-    kernel = compile_for(target, name, arguments(name, *args, normalizer))
+    *tensors, normalizer, border = problem(*CASES[case], torch.float16, 'cpu')
+    tensors = [x.to('meta') for x in tensors]
+    args = arguments(name, *tensors, normalizer, border)
+    kernel = compile_for(TARGETS[target], name, args)
     assert kernel.metadata.shared < 99 * 1024  # of a small GPU, sm_86
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
+@pytest.mark.parametrize('kind', ['fp32', '16 bit'])
+@pytest.mark.parametrize('option', BAD_OPTIONS)
+@for_each_operator
+def test_what_the_kernels_do_not_know_fails_to_compile(
+    name, option, kind, compile_for, monkeypatch
+):
+    """If a new option were added to the package, but not to them."""
+    from triton.compiler.errors import CompilationError
+
+    normalizer, border = BAD_OPTIONS[option]
+    for known, value in (('NORMALIZERS', normalizer), ('BORDERS', border)):
+        monkeypatch.setattr(
+            reference, known, (*getattr(reference, known), value)
+        )
+    args = arguments(name, *fpn_level(kind, False), normalizer, border)
+    with pytest.raises(CompilationError) as caught:
+        compile_for(TARGETS['sm_90'], name, args)
+    innermost = caught.value
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    assert f'unknown {option}' in str(innermost)
 
 
 # What only a GPU can show.
@@ -446,10 +606,11 @@ def test_other_shapes_compile(name, case, target, compile_for, monkeypatch):
 @pytest.fixture
 def module_like():
     """Features and logits that want gradients, and what runs on them."""
-    grad, features, logits, _ = problem(
-        (2, 64, 24, 40, 5, 1, 2, 'softmax', 'logits'), torch.float32, 'cuda'
+    case = Case(2, 64, 24, 40)
+    grad, features, logits, *_ = problem(
+        case, OPTIONS['softmax-zeros'], 'logits', torch.float32, 'cuda'
     )
-    logits = logits.reshape(2, 100, 24, 40)
+    logits = logits.reshape(case.logits_shape)
     inputs = features.requires_grad_(), logits.requires_grad_()
 
     def step(f=carafe_from_logits):
@@ -463,9 +624,11 @@ def module_like():
 @for_each_operator
 def test_tuned(name, dtype, monkeypatch):
     monkeypatch.setattr(kernels, '_fastest', fastest)
-    check(name, arguments(name, *problem(FPN, dtype, 'cuda')))
-    (config,) = kernels._tuned.values()
-    assert config in itertools.chain(*kernels._CANDIDATES.values())
+    for case in ('fpn', 'fpn-renormalize'):
+        check(name, arguments(name, *problem(*CASES[case], dtype, 'cuda')))
+    configs = kernels._tuned.values()
+    assert len(configs) == 2  # a border has a fastest of its own
+    assert {*configs} <= {*itertools.chain(*kernels._CANDIDATES.values())}
 
 
 @gpu
@@ -534,7 +697,7 @@ def test_side_stream(module_like):
 @gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='one GPU only')
 def test_second_device():
-    args = problem(FPN, torch.float32, 'cuda:1')
+    args = problem(*CASES['fpn'], torch.float32, 'cuda:1')
     for name in OPERATORS:
         check(name, arguments(name, *args))
 
@@ -563,13 +726,35 @@ def test_checkpointing(module_like):
 
 @gpu
 def test_ready_masks_through_the_public_function():
-    grad, features, weights, _ = problem(
-        (2, 64, 24, 40, 5, 2, 2, None, 'logits'), torch.float32, 'cuda'
+    case = Case(2, 64, 24, 40, g=2)
+    _, features, scores, *_ = problem(
+        case, OPTIONS['None-zeros'], 'logits', torch.float32, 'cuda'
     )
-    masks = reference.masks_from_scores(weights)  # [2, 2*25, 48, 80]
+    masks = reference.masks_from_scores(scores)  # [2, 2*25, 48, 80]
     got = carafe(features, masks, 5, 2)
     want = reference.carafe(features.double(), masks.double(), 5, 2)
     torch.testing.assert_close(got, want.float())
+
+
+@gpu
+@all_options
+def test_gradients_of_the_public_function(options):
+    case = Case(2, 64, 24, 40)
+    grad, features, scores, *_ = problem(
+        case, options, 'logits', torch.float32, 'cuda'
+    )
+    logits = scores.reshape(case.logits_shape)
+    got = forward_and_gradients(
+        carafe_from_logits, features, logits, grad, *case.arguments, *options
+    )
+    want = forward_and_gradients(
+        reference.carafe_from_logits,
+        *(x.double() for x in (features, logits, grad)),
+        *case.arguments,
+        *options,
+    )
+    for actual, exact in zip(got, want):
+        torch.testing.assert_close(actual, exact.float())
 
 
 @gpu
@@ -590,27 +775,30 @@ def test_more_than_2_31_elements(name, shape, dtype):
     free, _ = torch.cuda.mem_get_info()
     if free < needed * 2**30:
         pytest.skip(f'{free >> 30} GiB of GPU memory free, {needed} needed')
-    n, c, h, w = shape
-    args = problem((*shape, 5, 1, 2, 'softmax', 'logits'), dtype, 'cuda')
+    case = Case(*shape)
+    args = problem(case, OPTIONS['softmax-zeros'], 'logits', dtype, 'cuda')
     assert args[0].numel() > 2**31
     args = arguments(name, *args)
+    *tensors, normalizer, border = args
     got = getattr(kernels, name)(*args)
     scale = {'reassemble': 2}.get(name, 1)
-    for y, x in itertools.product((1, h // 2, h - 4), (2, w - 4)):
+    for y, x in itertools.product(
+        (1, case.h // 2, case.h - 4), (2, case.w - 4)
+    ):
         near = [
-            part(tensor[-1:], y, x, 4, tensor.shape[-2] // h)
-            for tensor in args[:-1]
+            part(tensor[-1:], y, x, 4, tensor.shape[-2] // case.h)
+            for tensor in tensors
         ]
-        want = OPERATORS[name](*(a.double() for a in near), args[-1])
-        same_dtype = OPERATORS[name](*near, args[-1])
+        exact = OPERATORS[name](
+            *(a.double() for a in near), normalizer, border
+        )
+        same_dtype = OPERATORS[name](*near, normalizer, border)
         inside = min(y, 4), min(x, 4), 0, scale
-        want, same_dtype = part(want, *inside), part(same_dtype, *inside)
-        sampled = part(got[-1:], y, x, 0, scale)
-        if dtype == torch.float32:
-            torch.testing.assert_close(sampled, want.float())
-        else:
-            error = (sampled - want).abs().max()
-            assert error <= 2 * (same_dtype - want).abs().max()
+        assert_as_exact_as(
+            part(got[-1:], y, x, 0, scale),
+            part(same_dtype, *inside),
+            part(exact, *inside),
+        )
 
 
 def part(x, row, column, around, scale):

@@ -74,6 +74,7 @@ class Problem(NamedTuple):
 
     name: str
     normalizer: Optional[str]
+    border: str
     device: torch.device
     dtype: torch.dtype
     features: View
@@ -160,48 +161,64 @@ def status() -> str:
     )
 
 
-def reassemble(features, scores, normalizer):
+def reassemble(features, scores, normalizer, border='zeros'):
     """See :func:`mmcarafe.ops.reference.reassemble`."""
     if _takes_reference(features):
-        return reference.reassemble(features, scores, normalizer)
+        return reference.reassemble(features, scores, normalizer, border)
     out = reference.empty_map(features, features.shape[1], scores.shape[3])
     tensors = (features, scores, out)
-    _run('reassemble', features, scores, tensors, normalizer)
+    _run('reassemble', features, scores, tensors, normalizer, border)
     return out
 
 
-def reassemble_grad_features(grad, scores, normalizer):
+def reassemble_grad_features(grad, scores, normalizer, border='zeros'):
     """See :func:`mmcarafe.ops.reference.reassemble_grad_features`."""
     if _takes_reference(grad):
-        return reference.reassemble_grad_features(grad, scores, normalizer)
+        return reference.reassemble_grad_features(
+            grad, scores, normalizer, border
+        )
     out = reference.empty_map(grad, grad.shape[1], 1, scores.shape[-2:])
     tensors = (grad, scores, out)
-    _run('reassemble_grad_features', out, scores, tensors, normalizer)
+    _run('reassemble_grad_features', out, scores, tensors, normalizer, border)
     return out
 
 
-def reassemble_grad_weights(grad, features, scores, normalizer):
+def reassemble_grad_weights(
+    grad, features, scores, normalizer, border='zeros'
+):
     """See :func:`mmcarafe.ops.reference.reassemble_grad_weights`."""
     if _takes_reference(features):
         return reference.reassemble_grad_weights(
-            grad, features, scores, normalizer
+            grad, features, scores, normalizer, border
         )
     out = torch.empty_like(scores)
     tensors = (grad, features, scores, out)
-    _run('reassemble_grad_weights', features, scores, tensors, normalizer)
+    _run(
+        'reassemble_grad_weights',
+        features,
+        scores,
+        tensors,
+        normalizer,
+        border,
+    )
     return out
 
 
-def _run(name, features, scores, tensors, normalizer):
-    if normalizer not in reference.NORMALIZERS:
-        raise reference.unknown(
-            'normalizer', normalizer, reference.NORMALIZERS
-        )
+def _run(name, features, scores, tensors, normalizer, border):
+    for option, value, known in (
+        ('normalizer', normalizer, reference.NORMALIZERS),
+        ('border', border, reference.BORDERS),
+    ):
+        if value not in known:
+            raise reference.unknown(option, value, known)
+    if normalizer in ('sigmoid', None):
+        border = 'zeros'  # the same, because there is no sum over the taps
     if scores.numel() == 0:
         return
     problem = Problem(
         name,
         normalizer,
+        border,
         scores.device,
         scores.dtype,
         View(features.shape, features.stride()),
@@ -248,7 +265,7 @@ def _configs(problem):
     configs = [c for c in candidates if _fits(problem, c)]
     n, *sizes, _, height, width = problem.scores.shape
     return configs or [_FALLBACK[problem.name]], (
-        *problem[:4],
+        *problem[:5],
         problem.layout,
         (problem.features.shape[1], *sizes),
         # Images of a few more rows are no new problem.
@@ -330,7 +347,7 @@ def _plan(problem, config):
     n, groups, _, scale, _, height, width = problem.scores.shape
     channels = problem.features.shape[1] // groups
     tile = _tile(problem, config)
-    tile['NORMALIZER'] = problem.normalizer
+    tile.update(NORMALIZER=problem.normalizer, BORDER=problem.border)
     wide = _largest_offset(problem.tensors) >= 2**31
     tile['INDEX'] = kernels.index_dtype(wide)
     tile['BLOCK_C'] = max(16, min(config.block_c, _power_of_2(channels)))

@@ -32,6 +32,7 @@ def reassemble_plain(
     K: tl.constexpr,
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     SUBPIXELS: tl.constexpr,
@@ -67,8 +68,9 @@ def reassemble_plain(
         first = (part * SUBPIXELS + s).to(INDEX)
         start = w_ptr + first // S * ws[3] + first % S * ws[4]
         peak, scale = _peak_and_scale(
-            start, ws[2], w_offset, inside, K, NORMALIZER, INDEX
-        )
+            start, ws[2], w_offset, inside, h, w, H, W,
+            K, NORMALIZER, BORDER, INDEX,
+        )  # fmt: skip
         starts, peaks, scales = (
             starts + (start,),
             peaks + (peak,),
@@ -95,12 +97,10 @@ def reassemble_plain(
                 ).to(tl.float32)  # [BLOCK_C, BLOCK_W]
                 new = ()
                 for s in tl.static_range(SUBPIXELS):
-                    tap = tl.cast(ky * K + kx, INDEX)
-                    logit = tl.load(
-                        starts[s] + tap * ws[2] + w_offset,
-                        inside,
-                        other=0,
-                    ).to(tl.float32)  # [BLOCK_W]
+                    logit = _load_logit(
+                        starts[s], ws[2], w_offset, inside, ky, kx, h, w, H, W,
+                        K, BORDER, INDEX,
+                    )  # fmt: skip
                     weight = _unscaled(logit, peaks[s], NORMALIZER)
                     new += (sums[s] + x * weight[None, :],)
                 sums = new
@@ -157,6 +157,7 @@ def reassemble_banded(
     K: tl.constexpr,
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
     INDEX: tl.constexpr,
     ALIGN: tl.constexpr,
     TAPS: tl.constexpr,
@@ -192,7 +193,9 @@ def reassemble_banded(
     h, w = h0 - K // 2 + p // PATCH_W, w0 - K // 2 + p % PATCH_W
     read = (p < PATCH_H * PATCH_W) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
-    logits = _load_logits(w_ptr, ws, oy, ox, written, K, S, INDEX, TAPS)
+    logits = _load_logits(
+        w_ptr, ws, oy, ox, written, H, W, K, S, BORDER, INDEX, TAPS
+    )
     weights = _normalize(logits, K, NORMALIZER, TAPS)  # [TAPS, M]
     at_h, at_w = _source_in_patch(block_h, block_w, S, BLOCK_H, BLOCK_W)
     ky = (tl.arange(0, PATCH) // PATCH_W)[:, None] - at_h[
@@ -235,6 +238,7 @@ def reassemble_grad_features_banded(
     K: tl.constexpr,
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
     INDEX: tl.constexpr,
     ALIGN: tl.constexpr,
     TAPS: tl.constexpr,
@@ -268,7 +272,8 @@ def reassemble_grad_features_banded(
     if PARTS == 1:
         band, y_offset, read = _grad_features_band(
             w_ptr, ws, y_h, ys[3], block_h, block_w, 0, H, W,
-            K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, PATCH,
+            K, S, NORMALIZER, BORDER, INDEX, TAPS,
+            BLOCK_H, BLOCK_W, PATCH,
         )  # fmt: skip
         band, rest = _halves(band, y_ptr)
     for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
@@ -279,7 +284,8 @@ def reassemble_grad_features_banded(
             if PARTS > 1:
                 band, y_offset, read = _grad_features_band(
                     w_ptr, ws, y_h, ys[3], block_h, block_w, part, H, W,
-                    K, S, NORMALIZER, INDEX, TAPS, BLOCK_H, BLOCK_W, PATCH,
+                    K, S, NORMALIZER, BORDER, INDEX, TAPS,
+                    BLOCK_H, BLOCK_W, PATCH,
                 )  # fmt: skip
                 band, rest = _halves(band, y_ptr)
             y = tl.load(
@@ -309,6 +315,7 @@ def _grad_features_band(
     K: tl.constexpr,
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
     INDEX: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -325,7 +332,9 @@ def _grad_features_band(
     read = (p < PATCH_H * PATCH_W) & (oy >= 0) & (oy < S * H)
     read &= (ox >= 0) & (ox < S * W)  # [PATCH]
 
-    logits = _load_logits(w_ptr, ws, oy, ox, read, K, S, INDEX, TAPS)
+    logits = _load_logits(
+        w_ptr, ws, oy, ox, read, H, W, K, S, BORDER, INDEX, TAPS
+    )
     weights = _normalize(logits, K, NORMALIZER, TAPS)  # [TAPS, PATCH]
     m = tl.arange(0, M)
     at = part * PATCH + tl.arange(0, PATCH)
@@ -352,6 +361,7 @@ def reassemble_grad_weights_banded(
     K: tl.constexpr,
     S: tl.constexpr,
     NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
     INDEX: tl.constexpr,
     ALIGN: tl.constexpr,
     TAPS: tl.constexpr,
@@ -410,7 +420,9 @@ def reassemble_grad_weights_banded(
     at = (k // K * PATCH_W + k % K)[:, None] + (at_h * PATCH_W + at_w)[None, :]
     grad = tl.gather(band, tl.where(taps[:, None], at, 0), 0)  # [TAPS, M]
     if NORMALIZER is not None:
-        logits = _load_logits(w_ptr, ws, oy, ox, written, K, S, INDEX, TAPS)
+        logits = _load_logits(
+            w_ptr, ws, oy, ox, written, H, W, K, S, BORDER, INDEX, TAPS
+        )
         grad = _normalize_backward(grad, logits, K, NORMALIZER, TAPS)
     grad_offset = (
         (oy % S) * grads[3]
@@ -461,21 +473,46 @@ def _load_logits(
     oy,
     ox,
     mask,
+    H,
+    W,
     K: tl.constexpr,
     S: tl.constexpr,
+    BORDER: tl.constexpr,
     INDEX: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """All taps [TAPS, M] of output pixels (oy, ox) [M]."""
+    """All taps [TAPS, M] of output pixels (oy, ox) [M].
+
+    Taps that take no part, as in
+    :func:`mmcarafe.ops.reference.exclude_outside`, are minus infinity.
+    """
     k = tl.arange(0, TAPS)
     offset = (oy % S) * ws[3] + (ox % S) * ws[4]
     offset += (oy // S) * ws[5] + (ox // S) * ws[6]
     offset = tl.max_contiguous(tl.multiple_of(offset, 1), 16)
-    return tl.load(
+    logits = tl.load(
         w_ptr + (k.to(INDEX) * ws[2])[:, None] + offset[None, :],
         (k < K * K)[:, None] & mask[None, :],
         other=0,
     ).to(tl.float32)
+    if BORDER == 'renormalize':
+        inside = _is_inside(
+            (oy // S)[None, :] + (k // K - K // 2)[:, None],
+            (ox // S)[None, :] + (k % K - K // 2)[:, None],
+            H,
+            W,
+        )
+        # Pixels beyond the map, which need not have a tap inside, keep their
+        # zeros: all taps at minus infinity would make their weights NaN.
+        logits = tl.where(inside | ~mask[None, :], logits, float('-inf'))
+    else:
+        tl.static_assert(BORDER == 'zeros', 'unknown border')
+    return logits
+
+
+@triton.jit
+def _is_inside(h, w, H, W):
+    return (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
 
 @triton.jit
@@ -559,8 +596,13 @@ def _peak_and_scale(
     tap_stride,
     offset,
     mask,
+    h,
+    w,
+    H,
+    W,
     K: tl.constexpr,
     NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
     INDEX: tl.constexpr,
 ):
     """Largest logit and inverse sum: weight = _unscaled(...) * scale.
@@ -574,23 +616,53 @@ def _peak_and_scale(
         peak += float('-inf')
         for ky in range(K):
             for kx in tl.static_range(K):
-                tap = tl.cast(ky * K + kx, INDEX)
-                logit = tl.load(
-                    w_ptr + tap * tap_stride + offset, mask, other=0
-                ).to(tl.float32)
+                logit = _load_logit(
+                    w_ptr, tap_stride, offset, mask, ky, kx, h, w, H, W,
+                    K, BORDER, INDEX,
+                )  # fmt: skip
                 if NORMALIZER == 'sigmoid_normalized':
                     logit = _log_sigmoid(logit)
                 peak = tl.maximum(peak, logit)
         total = tl.zeros_like(peak)
         for ky in range(K):
             for kx in tl.static_range(K):
-                tap = tl.cast(ky * K + kx, INDEX)
-                logit = tl.load(
-                    w_ptr + tap * tap_stride + offset, mask, other=0
-                ).to(tl.float32)
+                logit = _load_logit(
+                    w_ptr, tap_stride, offset, mask, ky, kx, h, w, H, W,
+                    K, BORDER, INDEX,
+                )  # fmt: skip
                 total += _unscaled(logit, peak, NORMALIZER)
         scale = 1 / total
     return peak, scale
+
+
+@triton.jit
+def _load_logit(
+    w_ptr,
+    tap_stride,
+    offset,
+    mask,
+    ky,
+    kx,
+    h,
+    w,
+    H,
+    W,
+    K: tl.constexpr,
+    BORDER: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """One tap [BLOCK_W] of source pixels (h, w); see ``_load_logits``."""
+    other = 0
+    if BORDER == 'renormalize':
+        # Pixels beyond the map keep their zeros: minus infinity from minus
+        # infinity is NaN, of which the interpreter warns.
+        other = tl.where(mask, float('-inf'), 0)
+        mask &= _is_inside(h + (ky - K // 2), w + (kx - K // 2), H, W)
+    else:
+        tl.static_assert(BORDER == 'zeros', 'unknown border')
+    tap = tl.cast(ky * K + kx, INDEX)
+    logit = tl.load(w_ptr + tap * tap_stride + offset, mask, other=other)
+    return logit.to(tl.float32)
 
 
 @triton.jit

@@ -1,16 +1,18 @@
 """CARAFE, content-aware upsampling, for PyTorch and for OpenMMLab."""
 
 import importlib
+from importlib.util import find_spec
 
 __version__ = '0.1.0'
 
 # Names of mmcarafe.models, and what they need beside torch. All others are
 # those of mmcarafe.upsamplers, which needs torch alone.
 _NEEDS = {
-    'swap_upsample': 'mmengine',
-    'CARAFEFPN': 'mmdet',
-    'CARAFEPAFPN': 'mmdet',
-    'CARAFEUPerHead': 'mmseg with ftfy and regex',
+    'swap_upsample': ('mmengine',),
+    'CARAFEFPN': ('mmengine', 'mmdet'),
+    'CARAFEPAFPN': ('mmengine', 'mmdet'),
+    # mmseg imports the last two, and does not require them
+    'CARAFEUPerHead': ('mmengine', 'mmseg', 'ftfy', 'regex'),
 }
 
 
@@ -19,12 +21,12 @@ def __getattr__(name):
     if name in ('ops', 'upsamplers', 'models'):
         return importlib.import_module(f'mmcarafe.{name}')
     if name in _NEEDS:
-        found = importlib.import_module('mmcarafe.models')
-        if not hasattr(found, name):
+        missing = [module for module in _NEEDS[name] if not find_spec(module)]
+        if missing:
             raise ImportError(
-                f'mmcarafe.{name} needs {_NEEDS[name]}, which is not installed'
+                f'mmcarafe.{name} needs {", ".join(missing)}: not installed'
             )
-        return getattr(found, name)
+        return getattr(importlib.import_module('mmcarafe.models'), name)
     upsamplers = importlib.import_module('mmcarafe.upsamplers')
     if name not in upsamplers.__all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

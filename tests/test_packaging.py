@@ -61,6 +61,28 @@ def test_module_has_a_help():
     assert 'what serves each device' in ' '.join(output.split())
 
 
+def test_all_say_the_same_about_python():
+    setup, project, readme, makefile = (
+        (ROOT / name).read_text(encoding='utf-8')
+        for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'Makefile')
+    )
+    (oldest,) = re.findall(r'python_requires = >=3\.(\d+)\n', setup)
+    versions = re.findall(r'Python :: 3\.(\d+)\n', setup)
+    first, last = int(oldest), int(versions[-1])
+    assert versions == [str(minor) for minor in range(first, last + 1)]
+    assert f"target-version = 'py3{first}'" in project
+    assert f'Python 3.{first} or later' in ' '.join(readme.split())
+    # what `make setup` accepts, because of the versions that it installs
+    (checked,) = re.findall(
+        r'\(3, (\d+)\) <= sys\.version_info < \(3, (\d+)\)', makefile
+    )
+    low, high = int(checked[0]), int(checked[1]) - 1
+    assert first <= low and high == last
+    assert f'with Python 3.{low} to 3.{high} ' in ' '.join(readme.split())
+    minors = [f'3.{minor}' for minor in range(low, high + 1)]
+    assert f'Python {", ".join(minors[:-1])} or {minors[-1]} (' in makefile
+
+
 @pytest.fixture(scope='module')
 def sdist(checkout):
     build = 'import setuptools.build_meta as b; print(b.build_sdist("dist"))'

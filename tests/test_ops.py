@@ -18,7 +18,15 @@ from cases import (
 )
 from torch.nn import functional as F
 
-from mmcarafe.ops import carafe, carafe_from_logits, reference
+from mmcarafe.ops import (
+    carafe,
+    carafe_from_logits,
+    cpu,
+    export,
+    reference,
+    triton,
+)
+from mmcarafe.upsamplers import CARAFE
 
 # The reference, against things that can be checked by eye
 
@@ -598,3 +606,81 @@ def test_bad_input_of_carafe(changes, message):
     arguments = dict(features=X, masks=MASKS, kernel_size=5)
     with pytest.raises((TypeError, ValueError), match=message):
         carafe(**{**arguments, **changes})
+
+
+# An unknown normaliser or border ends in an error that names it on every path,
+# also on those that the public functions' checks stand before.
+
+SCORES = reference.scores_from_logits(LOGITS, 5, 1, 2)
+HIGH = torch.rand(2, 4, 6, 10)
+OPERATORS = {
+    'reassemble': (X, SCORES),
+    'reassemble_grad_features': (HIGH, SCORES),
+    'reassemble_grad_weights': (HIGH, X, SCORES),
+}
+UNKNOWN = {
+    ('tanh', 'zeros'): "^normalizer is 'tanh', expected one of .*sigmoid",
+    ('softmax', 'tanh'): "^border is 'tanh', expected one of .*renormalize",
+}
+all_unknown = pytest.mark.parametrize(
+    'options, message', UNKNOWN.items(), ids=['normalizer', 'border']
+)
+all_operators = pytest.mark.parametrize('name', OPERATORS)
+
+
+@all_unknown
+@all_operators
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('who', ['reference', 'triton', *cpu.CAPABILITIES])
+def test_unknown_option_of_who_answers(who, dtype, name, options, message):
+    answers = {'reference': reference, 'triton': triton}.get(who)
+    if answers is None:
+        if who not in cpu.runnable() or cpu.find(who) is None:
+            pytest.skip(f'no library for {who}, or no machine that runs it')
+        answers = cpu.Library(cpu.find(who))
+    tensors = [x.to(dtype) for x in OPERATORS[name]]
+    with pytest.raises(ValueError, match=message):
+        getattr(answers, name)(*tensors, *options)
+
+
+@all_unknown
+@all_operators
+@pytest.mark.parametrize('requires_grad', [False, True])
+@pytest.mark.parametrize('batch', [0, 2])
+def test_unknown_option_of_an_operator(
+    batch, requires_grad, name, options, message
+):
+    tensors = [
+        x[:batch].detach().requires_grad_(requires_grad)
+        for x in OPERATORS[name]
+    ]
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.mmcarafe, name)(*tensors, *options)
+
+
+@all_unknown
+def test_unknown_option_of_the_export(options, message):
+    with pytest.raises(ValueError, match=message):
+        export.reassemble(X, SCORES, *options, 5, 1, 2)
+
+
+def test_unknown_option_of_the_reference_parts():
+    normalizer, border = UNKNOWN.values()
+    with pytest.raises(ValueError, match=normalizer):
+        reference.normalize(SCORES, 'tanh')
+    with pytest.raises(ValueError, match=normalizer):
+        reference.normalize_backward(SCORES, SCORES, 'tanh')
+    with pytest.raises(ValueError, match=border):
+        reference.exclude_outside(SCORES, 'tanh')
+
+
+@pytest.mark.parametrize('name', ['normalizer', 'border', 'init'])
+def test_unknown_option_of_the_module(name):
+    with pytest.raises(ValueError, match=f"^{name} is 'tanh', expected one"):
+        CARAFE(4, **{name: 'tanh'})
+    # set later, it is found when it counts
+    module = CARAFE(4, init='bilinear')
+    setattr(module, name, 'tanh')
+    with pytest.raises(ValueError, match=f"^{name} is 'tanh', expected one"):
+        module.init_weights()
+        module(X)

@@ -116,8 +116,10 @@ class CARAFE(nn.Module):
         nn.init.normal_(self.content_encoder.weight, std=0.001)
         if self.init == 'bilinear':
             self._init_bilinear()
-        else:
+        elif self.init == 'uniform':
             nn.init.zeros_(self.content_encoder.bias)
+        else:
+            raise unknown('init', self.init, INITS)
         if self.out_conv is not None:
             init_xavier(self.out_conv)
 

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 
 __version__ = '0.1.0'
 
-# Names of mmcarafe.models, and what they need beside torch. All others are
-# those of mmcarafe.upsamplers, which needs torch alone.
+# Names in mmcarafe.models, and what they need besides torch. All others come
+# from mmcarafe.upsamplers, which needs torch alone.
 _NEEDS = {
     'swap_upsample': ('mmengine',),
     'CARAFEFPN': ('mmengine', 'mmdet'),
@@ -17,7 +17,7 @@ _NEEDS = {
 
 
 def __getattr__(name):
-    # `import mmcarafe` costs no import of torch or of a host project.
+    # `import mmcarafe` by itself imports neither torch nor a host project.
     if name in ('ops', 'upsamplers', 'models'):
         return importlib.import_module(f'mmcarafe.{name}')
     if name in _NEEDS:

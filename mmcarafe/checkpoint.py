@@ -3,9 +3,9 @@
 A checkpoint is a pickle, and a pickle may call any function. After
 :func:`enable`, every checkpoint that mmengine loads, from a file or a URL, for
 ``Runner.resume``, ``load_from``, ``init_cfg`` or inference, is loaded as by
-``torch.load(weights_only=True)``, on every torch. Beyond torch's own list of
-harmless names only those pass that mmengine's runner writes: its histories of
-losses, numpy's numbers and numeric arrays. All else is refused.
+``torch.load(weights_only=True)``, with any torch. Besides torch's own list of
+harmless names, only what mmengine's runner writes passes: its histories of
+losses, and numpy's numbers and numeric arrays. All else is refused.
 """
 
 import functools
@@ -26,7 +26,7 @@ from torch import _weights_only_unpickler as torch_unpickler
 
 
 def _getattr(owner, name):
-    """What a checkpoint gets as getattr, which it needs for these four."""
+    """Stands in for getattr, which checkpoints need for these four."""
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(owner, name)
     raise pickle.UnpicklingError('Unsupported class builtins.getattr')
@@ -43,13 +43,13 @@ ALLOWED = {
     'builtins.bytes': bytes,
     'numpy.dtype': np.dtype,
     'numpy.ndarray': np.ndarray,
-    # numpy 2 moved these two; files from before and after are around
+    # numpy 2 moved these two; files have the old or the new names
     'numpy.core.multiarray._reconstruct': _reconstruct,
     'numpy._core.multiarray._reconstruct': _reconstruct,
     'numpy.core.multiarray.scalar': _scalar,
     'numpy._core.multiarray.scalar': _scalar,
 }
-# No file names the class of a dtype, but it is what gets the dtype's state.
+# No file names a dtype's class, but unpickling sets the state of a dtype.
 DTYPES = {
     f'numpy.dtypes.{code}': type(np.dtype(code))
     for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'
@@ -57,11 +57,11 @@ DTYPES = {
 
 
 class OldTorchUnpickler(pickle._Unpickler):
-    """torch's weights-only unpickler with our names added, for torch < 2.6.
+    """torch's weights-only unpickler plus the names above, for torch < 2.6.
 
-    There its own takes no names, or none for what numpy has moved. Like its
-    own it looks names up in a list, never in modules, and gives a state to
-    plain data only.
+    There, torch's own takes no further names, or none that numpy has moved.
+    Like torch's own, this looks names up in a list, never in modules, and sets
+    the state of plain data only.
     """
 
     dispatch = pickle._Unpickler.dispatch.copy()
@@ -93,9 +93,9 @@ class OldTorchUnpickler(pickle._Unpickler):
 
 @contextmanager
 def _weights_only():
-    """Let torch.load read no more than weights, whatever its caller says.
+    """Make torch.load read weights only, whatever its caller asks for.
 
-    mmengine does not say it, and torch's loading from URLs says the contrary.
+    mmengine does not ask for it; torch's loading from URLs asks not to.
     """
     force = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
     before = {
@@ -127,18 +127,18 @@ def load_checkpoint(filename, *args, **kwargs):
 
 
 def _reason(error):
-    """One line instead of torch's advice to load the file all the same."""
+    """One line instead of torch's advice to load the file anyway."""
     refused = re.search(r'(?:GLOBAL|Unsupported class) ([\w.]+)', str(error))
     if refused:
         return f'it would run {refused[1]}, and it may only hold data'
     text = str(error).split('WeightsUnpickler error: ')[-1].strip()
     text = f'{type(error).__name__} {text}'.splitlines()[0]
-    return f'is it damaged, or no checkpoint? ({text.strip()})'
+    return f'is it damaged, or not a checkpoint? ({text.strip()})'
 
 
 _FROM_2_6 = digit_version(torch.__version__) >= digit_version('2.6')
 _own_unpickler = torch_unpickler.Unpickler
-# onedl-mmengine brings a list of its own, with getattr of anything.
+# onedl-mmengine has its own list, which allows getattr of anything.
 _own_safe_globals = getattr(
     mmengine_checkpoint, 'get_torch_safe_globals', None
 )
@@ -160,7 +160,7 @@ def enable() -> None:
 def disable() -> None:
     """Let mmengine load checkpoints in its own way again.
 
-    Beyond that, torch goes on to take the names above for harmless.
+    torch itself still takes the names above for harmless.
     """
     CheckpointLoader.load_checkpoint = staticmethod(_load_checkpoint)
     torch_unpickler.Unpickler = _own_unpickler

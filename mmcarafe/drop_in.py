@@ -1,16 +1,16 @@
 """Run mmcv's own CARAFE on this package's operator.
 
-Importing this module is all there is to do, in any config::
+Importing this module is enough, in any config::
 
     custom_imports = dict(imports=['mmcarafe.drop_in'])
 
 mmcv's ``carafe``, ``carafe_naive``, ``CARAFE``, ``CARAFENaive`` and
-``CARAFEPack`` (``type='carafe'``) then work on every device, in every dtype,
-for all strides, wherever they were imported from before; so do mmdet's
+``CARAFEPack`` (``type='carafe'``) then work on every device, in every dtype
+and for all strides, even where they were imported earlier; so do mmdet's
 ``FPN_CARAFE`` and its mask heads. Parameters and state dicts stay mmcv's.
 
-:func:`disable` undoes it, :func:`enable` does it again; neither between a
-forward pass and its backward. Of torch's ONNX exporters the old one takes
+:func:`disable` undoes this and :func:`enable` redoes it; call neither between
+a forward pass and its backward pass. torch's old ONNX exporter can export
 ``CARAFEPack`` only, the new one all of them.
 """
 
@@ -39,7 +39,7 @@ from mmcv.ops.carafe import (  # noqa: E402
     CARAFEPack,
 )
 
-# torch >= 2.3, and before
+# torch >= 2.3, else older
 _is_compiling = (
     getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 )
@@ -47,7 +47,7 @@ _is_compiling = (
 
 @lru_cache(maxsize=None)
 def _announce():
-    # Not at import, when the log of a run does not exist yet.
+    # Not at import: the run's log does not exist yet.
     print_log("mmcv's CARAFE runs on mmcarafe's operator", 'current')
 
 
@@ -61,7 +61,7 @@ def _forward(ctx, features, masks, kernel_size, group_size, scale_factor):
 
 def _backward(ctx, grad):
     features, masks = ctx.saved_tensors
-    # Under autocast the two may differ; grad has the dtype that was used.
+    # Under autocast their dtypes may differ; grad has the one that was used.
     weights = reference.scores_from_masks(masks.to(grad.dtype), *ctx.arguments)
     grad_features = grad_masks = None
     if ctx.needs_input_grad[0]:
@@ -80,7 +80,7 @@ def _pack_forward(self, x):
     for step in ('kernel_normalizer', 'feature_reassemble'):
         inherited = getattr(type(self), step) is getattr(CARAFEPack, step)
         if not inherited or step in self.__dict__:
-            # a step of a subclass or of an instance
+            # a subclass or an instance has its own step
             return _ORIGINALS[CARAFEPack, 'forward'](self, x)
     if not _is_compiling():
         _announce()
@@ -90,8 +90,8 @@ def _pack_forward(self, x):
     )
 
 
-# `carafe` is a bound `CARAFEFunction.apply`. It looks forward and backward up
-# when called, so replacing those reaches the names that others hold already.
+# `carafe` is a bound `CARAFEFunction.apply`, which looks forward and backward
+# up when called, so replacing them also reaches names imported earlier.
 _REPLACEMENTS = {
     (CARAFEFunction, 'forward'): staticmethod(_forward),
     (CARAFEFunction, 'backward'): staticmethod(_backward),
@@ -105,14 +105,14 @@ _ORIGINALS = {
 
 
 def enable():
-    """Replace mmcv's CARAFE. Importing this module has done it already."""
+    """Replace mmcv's CARAFE. Importing this module already does so."""
     flops.enable()
     for (owner, name), function in _REPLACEMENTS.items():
         setattr(owner, name, function)
 
 
 def disable():
-    """Give mmcv its own CARAFE back."""
+    """Restore mmcv's own CARAFE."""
     for (owner, name), function in _ORIGINALS.items():
         setattr(owner, name, function)
 

@@ -1,7 +1,8 @@
 """What CARAFE costs, for mmengine's counter of operations.
 
-Counted is the weighted sum over K*K taps, a multiply-add as 1. The normaliser
-is not, as softmax is nowhere. torch's counter knows the operator anyhow.
+Only the weighted sum over the K*K taps counts, a multiply-add as 1; the
+normaliser does not, as no softmax does. torch's own counter needs none of
+this: it knows the operator.
 """
 
 import math
@@ -16,7 +17,7 @@ def _multiply_adds(inputs, outputs):
 
 
 def enable() -> None:
-    """Let mmengine's analyzers count the operator, those made from now on."""
+    """Let mmengine's analyzers count the operator, if created from now on."""
     flops = complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS
     activations = complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS
     flops['mmcarafe::reassemble'] = _multiply_adds

@@ -1,4 +1,4 @@
-"""The registry nodes that the prefix in ``type='mmcarafe.…'`` leads to."""
+"""The registries that the prefix in ``type='mmcarafe.…'`` leads to."""
 
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ METRICS = Registry(
 )
 
 HAS_MMDET = find_spec('mmdet') is not None
-# mmseg imports the other two, and does not require them
+# mmseg imports the other two but does not list them as requirements
 HAS_MMSEG = all(map(find_spec, ('mmseg', 'ftfy', 'regex')))
 
 
@@ -31,6 +31,6 @@ def _installed(name):
 
 
 # mmengine looks for mmseg's configs in the distribution mmsegmentation, and
-# its get_config even installs that. The maintained fork has another name.
+# its get_config even installs it. The maintained fork has another name.
 if _installed('onedl-mmsegmentation'):
     utils.MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'

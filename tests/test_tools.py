@@ -712,7 +712,7 @@ def refused_checkpoints(folder):
         ),
         (
             'half.pth',
-            'cannot load the checkpoint {path}: is it damaged, or no '
+            'cannot load the checkpoint {path}: is it damaged, or not a '
             'checkpoint?',
         ),
     ],

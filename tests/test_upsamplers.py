@@ -278,7 +278,7 @@ def test_builds_mmcvs_upsamplers_and_ours(cfg, scale_factor):
         # modules that do not upsample, or not by 2
         (
             dict(type=nn.ReLU),
-            r'makes \(1, 8, 2, 3\) of a map of .*, expected \(1, 8, 4, 6\)',
+            r'makes \(1, 8, 2, 3\) from a map of .*, expected \(1, 8, 4, 6\)',
         ),
         (
             dict(type=nn.Conv2d, kernel_size=1),

@@ -18,20 +18,20 @@ class BoundaryIoUMetric(BaseMetric):
     2021). The band of a class is its mask minus the mask's erosion by a
     square of 2*d + 1 pixels, as in the authors' code: the pixels of the class
     from which at most d steps, diagonal ones too, lead out of the class or
-    out of the image. IoU is that of the band in the truth and the band in the
-    prediction, intersection and union summed over the data set for each
-    class.
+    out of the image. The IoU compares the band in the truth with the band in
+    the prediction; intersections and unions are summed over the data set for
+    each class.
 
-    A pixel that the truth ignores belongs to no band, and it makes no
-    boundary, neither in the truth nor in the prediction: the erosion takes it
-    for a pixel of whatever class is beside it. What is predicted there does
-    not change the result, and a prediction that is right everywhere else
-    scores 100.
+    A pixel that the truth ignores belongs to no band and makes no boundary,
+    neither in the truth nor in the prediction: the erosion treats it as if it
+    had the class of whatever is beside it. What is predicted there does not
+    change the result, and a prediction that is right everywhere else scores
+    100.
 
     Args:
         width (int, optional): d in pixels.
-        share (float): d as a share of the image's diagonal, rounded to
-            pixels, at least one, where ``width`` is None. The authors use
+        share (float): where ``width`` is None, d as a share of the image's
+            diagonal, rounded to whole pixels, at least one. The authors use
             0.02 for instances.
         ignore_index (int): the truth's label of ignored pixels.
         classwise (bool): report each class too, as ``IoU_NAME``.
@@ -39,11 +39,11 @@ class BoundaryIoUMetric(BaseMetric):
 
     The result, in percent, is ``boundary/mIoU``, the mean over the classes
     that have a band in the truth or in a prediction. A class with neither is
-    NaN and no part of the mean.
+    NaN and left out of the mean.
 
     Raises:
         TypeError, ValueError: an argument is wrong; a truth and a prediction
-            differ in size, or hold a label that is no class of the data set.
+            differ in size, or one holds a label that is not a class.
     """
 
     default_prefix = 'boundary'

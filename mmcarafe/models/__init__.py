@@ -12,7 +12,7 @@ for _type, (_cls, _) in UPSAMPLERS.items():
         MODELS.register_module(module=_cls)
 
 # The necks are subclasses of mmdet's and the head one of mmseg's. Without
-# them, or without what mmseg imports and does not require, the rest works.
+# these, or a package that mmseg imports but does not list, the rest works.
 if HAS_MMDET:
     from mmcarafe.models.fpn import CARAFEFPN, CARAFEPAFPN
 
@@ -22,7 +22,7 @@ if HAS_MMSEG:
 
     __all__ += ['CARAFEUPerHead']
 
-# mmengine loads checkpoints of these models as data only, and counts their
-# operations.
+# From now on mmengine loads checkpoints as data only, and counts the
+# operator's FLOPs.
 checkpoint.enable()
 flops.enable()

@@ -11,7 +11,7 @@ from mmcarafe.upsamplers import UPSAMPLE_CFG, build_upsampler, match_size
 class TopDown:
     """Mixin that replaces ``forward`` of mmdet's or mmseg's FPN.
 
-    The class that it is mixed into has what both of these have: ``num_ins``,
+    The class that it is mixed into must have what both have: ``num_ins``,
     ``in_channels``, ``start_level``, ``backbone_end_level``, ``num_outs``,
     ``lateral_convs`` (one for each used level), ``fpn_convs`` (as many, then
     the extra ones), ``add_extra_convs`` and ``relu_before_extra_convs``; and
@@ -59,7 +59,7 @@ class TopDown:
         return tuple(outs)
 
     def convolve(self, laterals):
-        """The outputs of the merged levels."""
+        """Convolve the merged levels into outputs."""
         return [conv(x) for conv, x in zip(self.fpn_convs, laterals)]
 
 
@@ -72,7 +72,7 @@ def build_upsamplers(fpn, upsample_cfg):
 
 
 def check_levels(inputs, in_channels):
-    """Raise unless there is one map for each number of channels."""
+    """Raise unless the maps match ``in_channels`` in number and channels."""
     if len(inputs) != len(in_channels):
         raise ValueError(
             f'inputs has {len(inputs)} levels, expected {len(in_channels)}, '
@@ -101,7 +101,7 @@ if HAS_MMDET:
             in_channels (list[int]): of each level of the backbone.
             out_channels (int): C, of each output.
             *args: see mmdet's ``FPN``, which also takes ``**kwargs``.
-            upsample_cfg (dict | str): any upsampler, ×2; see
+            upsample_cfg (dict | str): any ×2 upsampler, see
                 :func:`mmcarafe.build_upsampler`.
         """
 

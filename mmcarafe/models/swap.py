@@ -14,36 +14,35 @@ from mmcarafe.upsamplers import CARAFE, UPSAMPLE_CFG, build_upsampler
 def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
     """Replace interpolation by a learned upsampler, in place.
 
-    It is replaced in
+    It is replaced in:
 
     - mmdet's ``FPN`` and ``PAFPN`` and mmseg's ``FPN``, which from then on
       upsample as :class:`mmcarafe.CARAFEFPN` does;
     - mmdet's ``YOLOXPAFPN`` and ``CSPNeXtPAFPN``, with one upsampler for each
-      number of channels; image sizes stay multiples of their strides;
-    - mmdet's ``FCNMaskHead``, where a deconvolution and the ReLU behind it, or
-      an interpolation, was;
-    - ``nn.Upsample`` and mmseg's ``Upsample`` by a whole number, behind a
-      convolution in the same ``nn.Sequential``, as in ``FPNHead``; between
-      the two there may be layers that PyTorch knows to keep the channels.
+      number of channels; image sizes must still be multiples of the strides;
+    - mmdet's ``FCNMaskHead``, in place of its interpolation, or of its
+      deconvolution with the ReLU after it;
+    - ``nn.Upsample`` and mmseg's ``Upsample`` by a whole number, after a
+      convolution in the same ``nn.Sequential``, as in ``FPNHead``; only
+      PyTorch's layers that keep the channels may stand between the two.
 
-    What a model interpolates otherwise, such as its logits to the size of the
-    image, stays, and so does its ``backbone``: that is pretrained with what it
-    has, and its layers (HRNet's) are replaced if it is ``model`` itself. All
-    other parameters keep their names. The log says what was replaced. Call it
-    before the optimizer is built and before DistributedDataParallel.
+    Other interpolation stays, such as that of the logits to the size of the
+    image. So does the ``backbone``, which was pretrained as it is; to replace
+    its layers (HRNet's), pass it as ``model``. All other parameters keep their
+    names. The log says what was replaced. Call this before you build the
+    optimizer and before you wrap the model in DistributedDataParallel.
     ``init_weights`` of the model reaches each new :class:`mmcarafe.CARAFE`.
 
     Args:
         model (nn.Module): a whole model or one of its modules.
-        upsample_cfg (dict): see
-            :func:`mmcarafe.build_upsampler`. The output has
-            as many channels as the input.
+        upsample_cfg (dict | str): see :func:`mmcarafe.build_upsampler`. The
+            output has as many channels as the input.
 
     Returns:
         nn.Module: ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: nothing can be replaced, or ``upsample_cfg`` is wrong;
             ``model`` is as it was.
     """
@@ -54,7 +53,7 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
     if isinstance(upsample_cfg, dict) and 'out_channels' in upsample_cfg:
         raise ValueError(
             f'upsample_cfg is {dict(upsample_cfg)}, expected no out_channels: '
-            'what comes behind takes as many channels as before'
+            'the next layer takes as many channels as before'
         )
     # All upsamplers are built before the first one is put in place.
     swaps = []
@@ -73,9 +72,9 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
         )
         raise ValueError(
             f'{type(model).__name__} holds no upsampling that can be '
-            'replaced, outside of its backbone. Known are '
+            'replaced, outside of its backbone. Supported are '
             f'{known} (not their subclasses), and '
-            'upsampling layers behind a convolution in an nn.Sequential. For '
+            'upsampling layers after a convolution in an nn.Sequential. For '
             'a class that interpolates in its own forward, write a subclass '
             'that calls mmcarafe.build_upsampler there, as '
             'mmcarafe/models/fpn.py does. UPerHead has one: '
@@ -100,10 +99,10 @@ def build_swapped(of, upsample_cfg=UPSAMPLE_CFG, **kwargs):
         neck = dict(type='mmcarafe.swap_upsample', of='YOLOXPAFPN')
 
     Args:
-        of (str): what ``type`` would be without this.
-        upsample_cfg (dict | str): see :func:`swap_upsample`. Without a type it
-            is the module's own, such as the ``dict(mode='nearest')`` of
-            mmdet's FPN, and CARAFE replaces it.
+        of (str): the ``type`` of the module.
+        upsample_cfg (dict | str): see :func:`swap_upsample`. A dict without a
+            type, such as the ``dict(mode='nearest')`` of mmdet's FPN, goes to
+            the module, whose interpolation CARAFE then replaces.
         **kwargs: arguments of the module.
     """
     if isinstance(upsample_cfg, dict) and {*upsample_cfg} <= _INTERPOLATION:
@@ -115,8 +114,8 @@ def build_swapped(of, upsample_cfg=UPSAMPLE_CFG, **kwargs):
 def _pass_on_init(model, name):
     """Let mmengine's init_weights get through PyTorch's own containers.
 
-    It initialises all convolutions below a module by the module's init_cfg,
-    and calls after that the init_weights of those children that have one.
+    mmengine initialises all convolutions below a module by its init_cfg, then
+    calls init_weights of its children, which PyTorch's containers lack.
     """
     parts = name.split('.') if name else []
     for end in range(1, len(parts) + 1):
@@ -131,8 +130,8 @@ def _init_carafes(container):
             module.init_weights()
 
 
-# A plan says which new modules serve a module that interpolates, and how each
-# is put in place.
+# A plan gives the new modules for a module that interpolates, each with the
+# function that puts it in place.
 
 
 def _plan_top_down(cls):
@@ -155,7 +154,7 @@ def _plan_mask_head(head, upsample_cfg):
     if head.conv_logits.in_channels != channels:
         raise ValueError(
             f'FCNMaskHead has {channels} channels before its upsampling and '
-            f'{head.conv_logits.in_channels} behind it, expected as many'
+            f'{head.conv_logits.in_channels} after it, expected as many'
         )
     new = build_upsampler(upsample_cfg, channels, head.scale_factor)
 
@@ -167,7 +166,7 @@ def _plan_mask_head(head, upsample_cfg):
 
 
 def _plan_yolox(pafpn, upsample_cfg):
-    if not isinstance(pafpn.upsample, nn.Upsample):  # swapped before
+    if not isinstance(pafpn.upsample, nn.Upsample):  # swapped already
         return []
     widths = pafpn.in_channels[:-1]
     new = ByChannels(
@@ -201,7 +200,7 @@ def _keeps_channels(layer):
 
 
 def _whole_scale_factor(layer):
-    """S of an upsampling layer; None if it is none or S is no whole number."""
+    """S of a layer that upsamples by a whole number, else None."""
     if not isinstance(layer, _LAYERS) or layer.scale_factor is None:
         return None
     scale_factor = layer.scale_factor
@@ -212,10 +211,10 @@ def _whole_scale_factor(layer):
 
 
 class ByChannels(ModuleDict):
-    """Upsamplers for maps of several widths, where one module served all."""
+    """An upsampler per number of channels, where one module served all."""
 
     def forward(self, x):
-        return self[str(int(x.shape[1]))](x)  # int: of a traced size
+        return self[str(int(x.shape[1]))](x)  # int: it may be traced
 
 
 # arguments of torch's interpolation
@@ -223,7 +222,7 @@ _INTERPOLATION = {'scale_factor', 'mode', 'align_corners'}
 _PLANS = {}
 _LAYERS = (nn.Upsample,)
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
-# files of torch.nn.modules
+# files of torch.nn.modules whose layers keep the channels
 _KEEP_CHANNELS = ('activation', 'batchnorm', 'dropout', 'instancenorm')
 _KEEP_CHANNELS += ('normalization', 'padding', 'pooling')
 if HAS_MMDET or HAS_MMSEG:

@@ -1,4 +1,4 @@
-"""UPerNet's head, with an upsampler of your choice where maps grow."""
+"""UPerNet's head with any upsampler in PPM, FPN and FUSE."""
 
 import torch
 from mmengine.model import ModuleList
@@ -18,30 +18,30 @@ class CARAFEUPerHead(UPerHead):
     <https://arxiv.org/abs/1905.02188>`_, section 5.3. P2 is the finest of the
     head's levels, P5 the coarsest; C is the head's ``channels``.
 
-    - PPM: each pooled map is brought to half the size of its level
-      bilinearly, an odd size rounded up, then upsampled by 2. ``UPerHead``
-      goes to the full size bilinearly.
+    - PPM: each pooled map is resized bilinearly to half the size of its
+      level, rounded up, then upsampled by 2. ``UPerHead`` resizes to the full
+      size bilinearly.
     - FPN: every level is upsampled by 2 before it is added to the next finer
       one.
     - FUSE: P5 is upsampled by 2 and concatenated to P4, both together are
       upsampled by 2 and concatenated to P3, and so on down to P2.
       ``UPerHead`` resizes every level to P2 at once. Nothing is reduced in
       between, so maps of C, 2C and 3C channels are upsampled, and
-      ``fpn_bottleneck`` finds the levels in ``UPerHead``'s order, 4C channels
+      ``fpn_bottleneck`` gets the levels in ``UPerHead``'s order, 4C channels
       together: its weights keep their shape and their meaning, and the only
       new parameters are the upsamplers'.
 
     Images of any size work. Where a level has an odd size, the map upsampled
-    by 2 is one row or column larger, and its last one is cropped; where the
+    by 2 is one row or column larger, and the last one is cropped; where the
     next level is not about twice as large, as after a dilated backbone, the
     upsampled map is resized to it bilinearly: see
     :func:`~mmcarafe.upsamplers.match_size`.
 
     All parameters of ``UPerHead`` keep their names. The upsamplers are
     ``ppm_upsample_modules``, one for each pool scale, and
-    ``fpn_upsample_modules`` and ``fuse_upsample_modules``, of which number i
+    ``fpn_upsample_modules`` and ``fuse_upsample_modules``, whose entry i
     leads to the level of ``lateral_convs[i]``. With all three configs None
-    the head is ``UPerHead``.
+    the head computes what ``UPerHead`` does.
 
     Args:
         *args: see ``UPerHead``.
@@ -77,7 +77,7 @@ class CARAFEUPerHead(UPerHead):
         )
 
     def psp_forward(self, inputs):
-        """Pool the coarsest level, and bring what is pooled back to its size.
+        """Pool the coarsest level, and upsample each pooled map to its size.
 
         Args:
             inputs (list[Tensor]): the selected levels, finest first.

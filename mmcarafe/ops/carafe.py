@@ -8,9 +8,9 @@ Letters, here and everywhere in the project:
 and words: the *low* map ``[N, C, H, W]`` is upsampled to the *high* map
 ``[N, C, S*H, S*W]`` · a *tap* is one of the K*K places in the window around a
 source pixel, counted row by row · a *subpixel* is one of the S*S output pixels
-that lie in a source pixel · *scores* become *weights* by the normaliser, and
+that lie in a source pixel · the normaliser turns *scores* into *weights*;
 without one they are the weights · a *band* is a matrix of weights that is zero
-but where a pixel is in the window of another
+except where one pixel is in the window of another
 
 Content-aware reassembly (Wang et al., `CARAFE: Content-Aware ReAssembly of
 FEatures <https://arxiv.org/abs/1905.02188>`_, ICCV 2019, section 3.2) makes
@@ -23,7 +23,7 @@ it lies in. For output pixel (S*h + i, S*w + j) of a channel c of group g:
            w + k \bmod K - \lfloor K/2 \rfloor}
 
 Taps outside the map read zero, and the other weights stay as they are, unless
-``border='renormalize'`` lets them out of the normalisation.
+``border='renormalize'`` leaves them out of the normalisation.
 """
 
 import torch
@@ -40,17 +40,17 @@ def carafe(
     group_size: int = 1,
     scale_factor: int = 2,
 ) -> Tensor:
-    """Upsample features with ready reassembly weights.
+    """Upsample features with given reassembly weights.
 
     The contract is that of ``mmcv.ops.carafe``, on any device, for any
     strides. fp16 and bf16 accumulate in fp32. Gradients of any order exist.
-    The formula stands at the top of this module (section 3.2 of the paper).
+    The formula is at the top of this module (section 3.2 of the paper).
 
     Args:
         features (Tensor[N, C, H, W]): floating-point feature map. N may be 0.
         masks (Tensor[N, G*K*K, S*H, S*W]): normalised reassembly weights,
             group-major, then row-major over the K×K window. Same dtype and
-            device as features (under autocast the wider dtype of both wins).
+            device as features (under autocast the wider of the two wins).
         kernel_size (int): K, odd, in source pixels.
         group_size (int): G, the number of channel groups with weights of
             their own. Divides C.
@@ -107,7 +107,7 @@ def carafe_from_logits(
         normalizer (str, optional): ``'softmax'``, ``'sigmoid_normalized'``
             (sigmoids divided by their sum), ``'sigmoid'``, or None for
             logits that are used as they are.
-        border (str): ``'zeros'``, as mmcv: a tap outside of the map reads zero
+        border (str): ``'zeros'``, as in mmcv: a tap outside the map reads zero
             and keeps its weight, so a constant map gets darker at its border;
             or ``'renormalize'``: such a tap takes no part in the
             normalisation, so the weights inside sum to one, and a constant
@@ -146,14 +146,14 @@ def carafe_from_logits(
 
 def _reassemble(features, scores, normalizer, border, *hyperparameters):
     if torch.onnx.is_in_onnx_export():
-        # whose exporters may trace shapes, hence K, G and S as plain ints
+        # The exporters may trace shapes, so K, G and S go in as plain ints.
         return export.reassemble(
             features, scores, normalizer, border, *hyperparameters
         )
     return torch.ops.mmcarafe.reassemble(features, scores, normalizer, border)
 
 
-# Checks: once, here; what answers for a device assumes validity.
+# Arguments are checked once, here; what serves a device trusts them.
 
 
 def check_int(name: str, value: int, odd: bool = False) -> None:
@@ -202,7 +202,7 @@ def _check_map(name, x):
 def _check_features(features, group_size):
     _check_map('features', features)
     _, channels, height, width = features.shape
-    # torch.export takes min() of sizes for a fact about them
+    # not min() of them, which torch.export takes for a fact about the sizes
     if channels < 1 or height < 1 or width < 1:
         raise ValueError(
             f'features has shape {tuple(features.shape)}, '

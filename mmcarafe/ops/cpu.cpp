@@ -14,7 +14,7 @@
 // between them sees dense rows with zeros around the map.
 //
 // A block writes outputs that no other block writes, and adds up everything
-// for them in one fixed order. Hence results do not depend on the threads.
+// for them in one fixed order, so results do not depend on the threads.
 
 #include <algorithm>
 #include <atomic>
@@ -201,8 +201,8 @@ inline Vector<float> exp_nonpositive(Vector<float> x) {
 // ---------------------------------------------------------------------------
 // Copies between tensors and buffers
 
-// Calls body(i) such that body's [i, i + L) cover [0, count): the last one
-// overlaps its neighbour rather than reach beyond the end.
+// Calls body(i) so that its ranges [i, i + L) cover [0, count): the last one
+// overlaps its neighbour rather than reaching beyond the end.
 template <int L, class Body>
 inline void for_overlapping(int64_t count, Body body) {
   for (int64_t i = 0; i < count - L; i += L)
@@ -312,8 +312,8 @@ __attribute__((noinline)) void write(T *to, int64_t row, int64_t column,
       narrow(from[r * pitch + c], to[r * row + c * column]);
 }
 
-// As read(), of columns first to first + count of a map with limit columns:
-// those outside it are zero.
+// Like read(), for columns [first, first + count) of a map with limit columns;
+// those outside the map are zero.
 template <class T, class A>
 __attribute__((noinline)) void
 read_padded(A *to, int64_t pitch, const T *from, int64_t rows, int64_t count,
@@ -347,7 +347,7 @@ template <int MODE, class V> inline V rise(V logit, V top) {
   return exp_nonpositive((logit < zero ? logit : zero) - top) / (1 + tail);
 }
 
-// Calls f with the normaliser as a constant; false if there is no such.
+// Calls f with the normaliser as a constant; false if it is unknown.
 template <class F> inline bool with_normalizer(int64_t normalizer, F f) {
   switch (normalizer) {
   case SOFTMAX:
@@ -370,8 +370,8 @@ constexpr bool has_sum(int mode) {
   return mode == SOFTMAX || mode == SIGMOID_NORMALIZED;
 }
 
-// Weights [K*K, S*S, COLUMNS] of logits, and, where they depend on a sum over
-// the taps, the two numbers above, each [S*S, COLUMNS].
+// Turns scores into weights, [K*K, S*S, COLUMNS]. Where these depend on a sum
+// over the taps, also gives the top and scale of above, each [S*S, COLUMNS].
 template <int MODE, class A>
 void normalize_mode(const A *logits, A *weights, A *tops, A *scales,
                     int64_t taps, int64_t subpixels) {
@@ -402,7 +402,7 @@ void normalize_mode(const A *logits, A *weights, A *tops, A *scales,
   }
 }
 
-// Weights [taps, S*S, COLUMNS], from the two numbers for every one of them.
+// Turns count scores into weights, given the top and scale of each of them.
 template <int MODE, class A>
 void reweigh_mode(A *logits, const A *tops, const A *scales, int64_t count) {
   for (int64_t at = 0; at < count; at += LANES<A>)
@@ -410,7 +410,7 @@ void reweigh_mode(A *logits, const A *tops, const A *scales, int64_t count) {
           rise<MODE>(load(logits + at), load(tops + at)) * load(scales + at));
 }
 
-// Gradient of the logits, in place of that of the weights.
+// Turns the gradient of the weights into that of the scores, in place.
 template <int MODE, class A>
 void normalize_backward_mode(const A *logits, const A *weights, A *grad,
                              int64_t taps, int64_t subpixels) {
@@ -437,7 +437,7 @@ void normalize_backward_mode(const A *logits, const A *weights, A *grad,
 
 // ---------------------------------------------------------------------------
 // Arithmetic on one row of a block. Pitches are distances in buffers. A
-// template argument of 0 stands for "at run time".
+// template argument of 0 means that the number is known at run time only.
 
 // y[c, p] = sum over k of x[c, k] * w[k, p], for SUBPIXELS subpixels p
 template <int KERNEL, int SUBPIXELS, class A>
@@ -687,7 +687,7 @@ template <class T> struct Block {
       }
   }
 
-  // The weights, or logits, of row r -> [K*K, S*S, COLUMNS]
+  // The scores of row r -> [K*K, S*S, COLUMNS]
   void read_scores(A *to, int64_t r) const {
     for (int64_t k = 0; k < taps; ++k)
       read_tap(to + k * subpixels * COLUMNS, k, h + r, w);
@@ -707,7 +707,7 @@ template <class T> struct Block {
                   S, COLUMNS, strides[4], strides[6], x, inside ? a.W : 0);
   }
 
-  // [K*K, S*S, COLUMNS] -> the gradient of the weights of row r
+  // [K*K, S*S, COLUMNS] -> the gradient of the scores of row r
   void write_grad_scores(const A *from, int64_t r) const {
     const int64_t *strides = a.grad_scores_strides;
     for (int64_t k = 0; k < taps; ++k)
@@ -719,15 +719,15 @@ template <class T> struct Block {
               COLUMNS, S, columns);
   }
 
-  // Taps of row r that read outside of the map get a value. As weights that is
-  // zero, whatever theirs is: it may be infinite, or nan.
+  // Gives the taps of row r that read outside the map a value. For weights it
+  // is zero, whatever they were: they may be infinite, or NaN.
   void fill_outside(A *weights, int64_t r, A value) const {
     const int64_t y = h + r;
     if (y >= radius && y + radius < a.H && w >= radius &&
         w + columns + radius <= a.W)
       return;
     for (int64_t k = 0; k < taps; ++k) {
-      // The columns of which the tap is inside: [begin, end)
+      // The columns whose tap is inside: [begin, end)
       const int64_t tap_y = y + k / K - radius, dx = w + k % K - radius;
       const bool inside = tap_y >= 0 && tap_y < a.H;
       const int64_t begin =
@@ -788,7 +788,7 @@ public:
   }
 };
 
-// What the weights of a source pixel need beyond their own logits, so that
+// What the weights of a source pixel need besides their own scores, so that
 // GradFeatures can compute any of them alone: tops and scales.
 template <class T> class Statistics {
   typedef Accumulator<T> A;
@@ -850,7 +850,7 @@ public:
   }
 
 private:
-  // By the distance of the pixel they belong to -> [K*K, S*S, COLUMNS]
+  // Ordered by the distance of their pixels -> [K*K, S*S, COLUMNS]
   void read_opposite_weights(A *to, int64_t r) {
     const int64_t mode = at.a.normalizer, size = at.subpixels * COLUMNS;
     const bool sums = has_sum(int(mode));
@@ -942,7 +942,7 @@ template <class Worker> void run(const Arguments &a, int64_t count) {
       GOMP_parallel ? std::min({a.threads, count, 1 + work_size / 1000000})
                     : int64_t(1);
   // Neighbouring blocks share their surroundings, so a thread takes many at
-  // once; but not all of its share, since another may be held up.
+  // once; but not its whole share, since another thread may be held up.
   const int64_t share = (count + 8 * threads - 1) / (8 * threads);
   std::atomic<int64_t> next{0};
   auto work = [&] {
@@ -964,7 +964,7 @@ template <class Worker> void run(const Arguments &a, int64_t count) {
                   &work, unsigned(threads), 0);
 }
 
-// 0; or 1 if an argument is unknown, so that nothing was done.
+// Returns 0, or 1 if an argument is unknown and nothing was done.
 template <template <class> class Worker>
 int run_dtype(const Arguments &a) noexcept {
   if (!with_normalizer(a.normalizer, [](auto) {}) || a.border < ZEROS ||

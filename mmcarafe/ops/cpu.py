@@ -1,4 +1,4 @@
-"""Load the compiled operators, cpu.cpp, that serve CPU tensors.
+"""Load the compiled library that serves CPU tensors.
 
 Installing compiles cpu.cpp once per vector width (see setup.py), into shared
 libraries named after torch's own levels, :data:`CAPABILITIES`. The widest one
@@ -14,7 +14,7 @@ import torch
 from mmcarafe.ops import reference
 
 # torch.backends.cpu.get_cpu_capability(), widest first. Anything else that it
-# may return, such as arm64's, goes with the last.
+# may return, as on arm64, counts as the last.
 CAPABILITIES = ('AVX512', 'AVX2', 'DEFAULT')
 
 
@@ -108,7 +108,7 @@ class Library:
                 f'{name} got {low.dtype}, {high.dtype} and {scores.dtype}, '
                 'expected one dtype'
             )
-        codes = {}  # what the enums of cpu.cpp count
+        codes = {}  # values of the enums in cpu.cpp
         for field, value, known in (
             ('dtype', scores.dtype, reference.DTYPES),
             ('normalizer', normalizer, reference.NORMALIZERS),
@@ -157,7 +157,7 @@ class Library:
 
 def find(capability: str) -> 'str | None':
     """Path of the library for one of :data:`CAPABILITIES`, or None."""
-    # Beside this file: the finder of another, editable install would go on.
+    # In this folder only: an editable install's finder would look further.
     spec = importlib.machinery.PathFinder.find_spec(
         f'_cpu_{capability.lower()}', [os.path.dirname(__file__)]
     )
@@ -184,7 +184,7 @@ LIBRARY = _load()
 
 
 def status() -> str:
-    """What serves CPU tensors, why, and how to get what would be faster."""
+    """What serves CPU tensors, why, and how to get something faster."""
     if LIBRARY is None:
         return (
             'PyTorch reference, because nothing was compiled at install time\n'
@@ -197,7 +197,7 @@ def status() -> str:
     if LIBRARY.path != find(widest):
         lines.append(
             f'  The faster one for {widest} was not compiled.\n'
-            '  To do: a newer C++ compiler, and `pip install -v .` again.'
+            '  To do: get a newer C++ compiler, run `pip install -v .` again.'
         )
     if hasattr(ctypes.CDLL(None), 'GOMP_parallel'):
         lines.append(f'  {torch.get_num_threads()} threads, as torch')

@@ -1,4 +1,4 @@
-"""What exporters to ONNX get instead: standard operators, dynamic sizes.
+"""What ONNX exporters get instead: standard operators, dynamic sizes.
 
 CARAFE becomes Pad, Slice, Mul, Add and DepthToSpace, without a K*K-fold copy
 of the features.
@@ -51,7 +51,7 @@ def adaptive_avg_pool2d(x, size):
 
 
 def _averages(bins, length, like):
-    """Matrix ``[bins, length]`` of which each row averages one bin."""
+    """Matrix ``[bins, length]``, each row of which averages one bin."""
     i = torch.arange(bins, device=like.device)[:, None]
     first = i * length // bins
     behind = ((i + 1) * length + bins - 1) // bins

@@ -1,9 +1,9 @@
-"""The three operators that torch knows, and who answers for each device.
+"""The three operators registered with torch, and what serves each device.
 
 ``torch.ops.mmcarafe.reassemble``, ``reassemble_grad_features`` and
 ``reassemble_grad_weights`` take ``scores (Tensor[N, G, K*K, S, S, H, W])``,
-which is a view, never a copy, of both masks and logits; K, G and S are read
-off its shape. Letters are those of :mod:`mmcarafe.ops.carafe`, whose public
+which is a view, never a copy, of masks or of logits; K, G and S are read off
+its shape. Letters are those of :mod:`mmcarafe.ops.carafe`, whose public
 functions check all arguments: nothing is checked here.
 
 Without a normaliser all three are linear in each argument and are each
@@ -135,7 +135,7 @@ class _Autograd:
 
 def _autocast_to_widest(features, scores, normalizer, border='zeros'):
     # Sums over the window accumulate in fp32 in any case, so no input needs
-    # widening; but features and logits may come in two dtypes.
+    # widening; but features and scores may come in two dtypes.
     dtype = torch.promote_types(features.dtype, scores.dtype)
     with torch.autocast(features.device.type, enabled=False):
         return _OPS.reassemble(
@@ -144,7 +144,7 @@ def _autocast_to_widest(features, scores, normalizer, border='zeros'):
 
 
 # What torch's FlopCounterMode counts: K*K multiply-adds, as 2 each, for each
-# value of the high map. Softmax counts nowhere.
+# value of the high map. Softmax is not counted.
 
 
 def _flops(features, scores, *options, out_shape=None, **kwargs):
@@ -172,8 +172,8 @@ OPERATORS = {
     ),
 }
 
-# Dispatch key -> who answers, with functions that have the operators' names.
-# To add a device, write such a file and add its row.
+# Dispatch key -> what serves it, with functions named as the operators are.
+# To add a device, write such a module and add its row.
 ANSWERS = {
     'CompositeExplicitAutograd': reference,  # every device without a row
     'CPU': cpu.LIBRARY or reference,

@@ -116,14 +116,14 @@ def reassemble_grad_weights(
 
 
 def exclude_outside(scores, border, kernel_size=None):
-    """Scores that say what becomes of the taps outside of the map.
+    """Apply ``border`` to the scores of the taps outside the map.
 
-    With border ``'renormalize'`` these score minus infinity, so they have no
-    share in a sum over the taps, and no weight; with ``'zeros'`` they keep
-    their score, and the zero that they read keeps its weight.
+    With ``'renormalize'`` these become minus infinity, so that such taps have
+    no share in a sum over the taps, and no weight; with ``'zeros'`` they stay,
+    and the zero that such a tap reads keeps its weight.
 
     Args:
-        scores (Tensor[N, G, K*K, S, S, H, W]): of any taps.
+        scores (Tensor[N, G, K*K, S, S, H, W]): of all taps.
         border (str): one of :data:`BORDERS`.
         kernel_size (int, optional): K, where the shape may be traced.
     """
@@ -153,7 +153,7 @@ def normalize(scores, normalizer):
     if normalizer == 'softmax':
         return scores.softmax(2)
     if normalizer == 'sigmoid_normalized':
-        # sigmoid(l) / sum sigmoid(l), which is 0 / 0 for very negative l
+        # sigmoid(l) / sum sigmoid(l), but never 0 / 0, for very negative l
         return F.logsigmoid(scores).softmax(2)
     if normalizer == 'sigmoid':
         return scores.sigmoid()
@@ -163,7 +163,7 @@ def normalize(scores, normalizer):
 
 
 def normalize_backward(grad, scores, normalizer):
-    """Gradient of :func:`normalize` towards the scores."""
+    """Gradient of :func:`normalize` with respect to the scores."""
     if normalizer is None:
         return grad
     w = normalize(scores, normalizer)

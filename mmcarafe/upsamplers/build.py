@@ -1,4 +1,4 @@
-"""Upsamplers by name, and what every neck and head needs around one.
+"""Upsamplers by name, and the helpers that all necks and heads use.
 
 Letters are those of :mod:`mmcarafe.ops.carafe`.
 """
@@ -15,13 +15,13 @@ from mmcarafe.ops.carafe import check_int
 from mmcarafe.upsamplers.carafe import CARAFE, init_xavier
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
 
-UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')  # what every default is
+UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')  # the default everywhere
 # torch >= 2.7
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 class PixelShuffle(nn.Module):
-    """A convolution to S*S times the channels, whose pixels are shuffled.
+    """A convolution to S*S times the channels, then a pixel shuffle.
 
     Arguments, parameter names and initialisation are those of mmcv's
     ``PixelShufflePack``, so its state dicts load.
@@ -55,9 +55,9 @@ class PixelShuffle(nn.Module):
         return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
 
 
-# Each upsampler by its type in configs: its class, and what tables call it.
-# This is what a config may name with torch alone; where mmengine is there, its
-# registry adds all that it knows. 'CARAFE' is 'mmcarafe.CARAFE' in full.
+# Type in configs -> class, and name in tables. With torch alone, configs may
+# name only these; with mmengine, also any registered module. 'CARAFE' is short
+# for 'mmcarafe.CARAFE'.
 UPSAMPLERS = {
     'nearest': (nn.Upsample, 'nearest'),
     'bilinear': (nn.Upsample, 'bilinear'),
@@ -76,11 +76,11 @@ def build_upsampler(
     scale_factor: int = 2,
     name: str = 'upsample_cfg',
 ) -> nn.Module:
-    """Build an upsampler, C channels in and out, from its config.
+    """Build an upsampler from C to C channels from its config.
 
     ``channels`` (or ``in_channels`` and ``out_channels``) and
-    ``scale_factor`` are filled in where the class takes them and the config
-    does not say otherwise.
+    ``scale_factor`` are filled in where the class takes them; a config may
+    not contradict them.
 
     Args:
         cfg (dict | str): ``type`` is ``'mmcarafe.CARAFE'``, ``'nearest'``,
@@ -97,8 +97,8 @@ def build_upsampler(
 
     Raises:
         TypeError: ``cfg`` is neither dict nor str.
-        ValueError: ``cfg`` has no type, one that is unknown or upsamples
-            otherwise, or arguments that its class refuses.
+        ValueError: ``cfg`` has no type, an unknown one, or arguments that its
+            class refuses, or what it builds does not upsample C channels by S.
     """
     if isinstance(cfg, str):
         cfg = dict(type=cfg)
@@ -143,7 +143,7 @@ def _find_class(kind, name):
 
             try:
                 cls = MODELS.get(kind)
-            except RuntimeError:  # how the registry says that it is unknown
+            except RuntimeError:  # the registry does not know it
                 pass
             known += MODELS.module_dict
     if not inspect.isclass(cls):
@@ -158,7 +158,7 @@ def _find_class(kind, name):
 
 
 def _fill_in(arguments, kind, cls, channels, scale_factor, name):
-    """Add what the place of an upsampler decides, unless it is there."""
+    """Add the arguments that the upsampler's place decides, if missing."""
     decided = dict(
         scale_factor=scale_factor,
         channels=channels,
@@ -178,7 +178,7 @@ def _fill_in(arguments, kind, cls, channels, scale_factor, name):
                 f"expected no mode, or type='{arguments['mode']}'"
             )
     elif issubclass(cls, nn.ConvTranspose2d):
-        # The paper's 3×3 unless said otherwise, and S times the size exactly.
+        # By default the paper's 3×3, and exactly S times the input's size.
         kernel_size = arguments.setdefault('kernel_size', 3)
         check_int(f'{name}.kernel_size', kernel_size)
         padding = max(0, (kernel_size - scale_factor + 1) // 2)
@@ -189,7 +189,7 @@ def _fill_in(arguments, kind, cls, channels, scale_factor, name):
         )
     accepted = inspect.signature(cls).parameters
     if 'in_channels' not in accepted:
-        # An extra convolution is what CARAFE's out_channels asks for.
+        # To CARAFE, out_channels would mean an extra convolution.
         del decided['out_channels']
     if 'upsample_kernel' in accepted:
         decided['upsample_kernel'] = 3  # mmcv's pixel shuffle has no default
@@ -216,7 +216,7 @@ def _check_upsamples(module, channels, scale_factor, what):
     expected = (1, channels, 2 * scale_factor, 3 * scale_factor)
     if size != expected:
         raise ValueError(
-            f'{what}: it makes {size} of a map of {tuple(x.shape)}, '
+            f'{what}: it makes {size} from a map of {tuple(x.shape)}, '
             f'expected {expected}'
         )
 

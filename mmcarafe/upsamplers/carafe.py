@@ -8,13 +8,13 @@ from mmcarafe.ops.carafe import check_int, check_normalizer
 from mmcarafe.ops.reference import NORMALIZERS, unknown
 
 INITS = ('uniform', 'bilinear')
-#: Share of a pixel that the bilinear start adds to every tap, so that the
-#: gradient reaches all of them: 2.4 % of the weight of a 5×5 kernel together.
+#: What the bilinear start adds to every tap's weight, so that the gradient
+#: reaches all of them: together, 2.4 % of a 5×5 reassembly kernel.
 FLOOR = 1e-3
 
 
 class CARAFE(nn.Module):
-    """Upsample with kernels predicted from the features themselves.
+    """Upsample with reassembly kernels predicted from the features.
 
     Sections 3.1 to 3.3 of the `paper <https://arxiv.org/abs/1905.02188>`_:
     a 1×1 convolution compresses the channels, a convolution encodes them into
@@ -37,15 +37,15 @@ class CARAFE(nn.Module):
             A float is a share of ``channels``.
         normalizer (str, optional): see
             :func:`mmcarafe.ops.carafe_from_logits`.
-        out_channels (int, optional): adds a 1×1 convolution to so many
+        out_channels (int, optional): adds a 1×1 convolution to this many
             channels after the upsampling.
-        border (str): ``'zeros'``, as mmcv, or ``'renormalize'``, which keeps
-            the border of a map as bright as the rest: see
-            :func:`mmcarafe.ops.carafe_from_logits`. No weight depends on it.
-        init (str): what the first kernels are. ``'uniform'``, as mmcv: the
-            mean of the window, which blurs; ``'bilinear'``: those of bilinear
-            interpolation, of which :data:`FLOOR` is added to each tap; for
-            K >= 3.
+        border (str): ``'zeros'``, as in mmcv, or ``'renormalize'``, which
+            keeps the border of a map as bright as the rest: see
+            :func:`mmcarafe.ops.carafe_from_logits`. Adds no parameters.
+        init (str): the reassembly kernels at the start. ``'uniform'``, as in
+            mmcv: the mean of the window, which blurs; ``'bilinear'``, for
+            K >= 3: those of bilinear interpolation, with :data:`FLOOR` added
+            to each tap.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class CARAFE(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Start with the kernels that ``init`` names, and little noise.
+        """Start with the reassembly kernels of ``init``, and little noise.
 
-        The encoder's weights are N(0, 0.001); its bias decides. A parent's
+        The encoder's bias sets them; its weights are N(0, 0.001). A parent's
         ``init_weights`` calls this after its own ``init_cfg``.
         """
         init_xavier(self.channel_compressor)
@@ -129,7 +129,7 @@ class CARAFE(nn.Module):
         if self.normalizer == 'softmax':
             logits = weights.log()
         elif self.normalizer == 'sigmoid_normalized':
-            # any multiple of the weights will do, and a sigmoid is below one
+            # any multiple of the weights will do, but a sigmoid is below one
             logits = (weights / 2).logit()
         elif self.normalizer == 'sigmoid':
             logits = weights.clamp(max=1 - FLOOR).logit()
@@ -143,7 +143,7 @@ class CARAFE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``.
 
-        With ``out_channels`` the result has so many channels.
+        With ``out_channels`` the result has that many channels.
         """
         compressed = self.channel_compressor(x)
         logits = self.content_encoder(compressed)  # [N, G*K*K*S*S, H, W]
@@ -167,7 +167,7 @@ class CARAFE(nn.Module):
 
 
 def bilinear_weights(kernel_size: int, scale_factor: int) -> Tensor:
-    """The kernels of bilinear interpolation (``align_corners=False``).
+    """Bilinear interpolation's kernels (``align_corners=False``).
 
     Returns:
         Tensor[K*K, S, S]: of each tap and subpixel; they sum to one.
@@ -180,6 +180,6 @@ def bilinear_weights(kernel_size: int, scale_factor: int) -> Tensor:
 
 
 def init_xavier(conv: nn.Conv2d) -> None:
-    """Xavier's uniform weights and no bias, as mmcv initialises it."""
+    """Xavier's uniform weights and a zero bias, as mmcv initialises it."""
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)

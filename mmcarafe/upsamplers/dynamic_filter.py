@@ -7,7 +7,7 @@ from mmcarafe.upsamplers.carafe import CARAFE
 
 
 class DynamicFilter(CARAFE):
-    """A K×K kernel for each output pixel *and channel*.
+    """A K×K reassembly kernel for each output pixel *and channel*.
 
     `Dynamic Filter Networks <https://arxiv.org/abs/1605.09673>`_, as the
     literature compares them: CARAFE with a group for every channel, so its

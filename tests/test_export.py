@@ -392,7 +392,7 @@ def test_tool_names_the_other_exporter(
     monkeypatch.chdir(ROOT)
     with pytest.raises(RuntimeError, match='an operator that is unknown'):
         export_onnx.main()
-    assert 'perhaps --exporter dynamo can' in capsys.readouterr().err
+    assert '--exporter dynamo may work' in capsys.readouterr().err
 
 
 @needs_onnx
@@ -402,7 +402,7 @@ def test_tool_refuses_weights_of_another_model(tmp_path):
     torch.save(dict(state_dict={}, meta={}), checkpoint)
     process = run_tool(UPERNET, checkpoint, '--out', tmp_path / 'model.onnx')
     assert process.returncode == 1
-    assert f'{checkpoint} is not of this config' in process.stderr
+    assert f'{checkpoint} does not fit this config' in process.stderr
     assert ' weights fit; missing: backbone.' in process.stderr
     assert not (tmp_path / 'model.onnx').exists()
 
@@ -434,7 +434,7 @@ def test_tool_exports_whole_configs(config, tmp_path):
         ([UPERNET, '--out', 'tests'], 'tests is a folder, expected a file'),
         (
             ['configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'],
-            'is not one of mmseg',
+            'is not an mmseg config',
         ),
         (
             [UPERNET, '--cfg-options', 'model.test_cfg.mode=slide'],

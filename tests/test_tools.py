@@ -680,8 +680,8 @@ def test_annotations_without_images(broken, tmp_path):
     )
     assert process.returncode == 1
     assert process.stderr.splitlines()[-1] == (
-        'error: train_dataloader.dataset holds no image: look at its '
-        'paths, at metainfo.classes and at filter_cfg'
+        'error: train_dataloader.dataset holds no image: check its '
+        'paths, metainfo.classes and filter_cfg'
     )
     assert 'Traceback' not in process.stderr
 

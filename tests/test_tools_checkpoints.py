@@ -158,7 +158,7 @@ def test_killed_while_saving(shapes, tmp_path, slow):
 
     printed = execute('python', *train, '--resume', **env)
     if slow == 'best_score':  # after the last epoch
-        assert f'{work_dir}/epoch_2.pth is the end of a run' in printed
+        assert f'{work_dir}/epoch_2.pth ends a run' in printed
     else:
         assert 'resumed epoch: 1, iter: 4' in printed
     assert (work_dir / 'epoch_2.pth').exists()
@@ -257,7 +257,7 @@ def test_weights_that_do_not_fit_are_not_tested(
     file = tmp_path / 'weights.pth'
     torch.save(change(weights), file)
     printed = error('test', SHAPES, file, *shapes_options(shapes))
-    assert re.match(f'{file} is not of this config: {message}', printed)
+    assert re.match(f'{file} does not fit this config: {message}', printed)
 
 
 def test_weights_of_carafe_in_the_nearest_config(
@@ -267,8 +267,8 @@ def test_weights_of_carafe_in_the_nearest_config(
     torch.save(dict(state_dict=weights), file)
     printed = error('test', NEAREST, file, *shapes_options(shapes))
     assert re.match(
-        rf'{file} is not of this config: (\d+) of \1 weights fit; unexpected: '
-        r'neck.upsample_modules.0.\S+, ',
+        rf'{file} does not fit this config: (\d+) of \1 weights fit; '
+        r'unexpected: neck.upsample_modules.0.\S+, ',
         printed,
     )
 
@@ -312,7 +312,7 @@ def test_auxiliary_head_is_not_needed_to_test(segmentor):
     cfg.model.auxiliary_head = None
     model = load_tool('_cli').build_model(cfg)
     checkpoints.check_weights(model, '', state)
-    with pytest.raises(SystemExit, match='is not of this config'):
+    with pytest.raises(SystemExit, match='does not fit this config'):
         checkpoints.check_weights(model, '', without('^decode', state))
 
 
@@ -330,7 +330,7 @@ def test_weights_of_a_detector_are_not_exported(
     with pytest.raises(SystemExit) as caught:
         load_tool('export_onnx').main()
     assert re.match(
-        rf'error: {file} is not of this config: \d+ of \d+ weights fit; '
+        rf'error: {file} does not fit this config: \d+ of \d+ weights fit; '
         r'missing: .* and \d+ more; unexpected: .* and \d+ more',
         caught.value.code,
     )
@@ -364,7 +364,7 @@ def test_training_from_nothing_that_fits(error, shapes, tmp_path):
         'train', SHAPES, *shapes_options(shapes, f'load_from={file}')
     )
     assert re.match(
-        rf'load_from: {file} is not of this config: 0 of \d+ weights fit; '
+        rf'load_from: {file} does not fit this config: 0 of \d+ weights fit; '
         'missing: .*; unexpected: more$',
         printed,
     )
@@ -432,9 +432,7 @@ def test_failed_download(shapes, tmp_path):
     )
 
 
-CONSUMED = (
-    'was read with the config file, and changes nothing now; what counts is'
-)
+CONSUMED = 'counts only while the config file is read; set instead:'
 
 
 @pytest.mark.parametrize(
@@ -557,22 +555,23 @@ def test_file_in_the_place_of_the_work_dir(error, shapes, tmp_path):
     [
         (
             ['model.roi_head.bbox_head.num_classes=5'],
-            r'is not of this config: (\d+) of (?!\1)\d+ weights fit; of '
+            r'does not fit this config: (\d+) of (?!\1)\d+ weights fit; of '
             r'another shape: roi_head.bbox_head.fc_cls.weight .*\[7, 256\], '
             r'not \[6, 256\]',
         ),
         (
             ['optim_wrapper.optimizer.type=RMSprop'],
-            'is of a run with another optim_wrapper: it sets amsgrad, betas.*,'
-            ' RMSprop sets alpha, centered, momentum; ',
+            'is from a run with another optim_wrapper: it sets amsgrad, '
+            'betas.*, RMSprop sets alpha, centered, momentum; ',
         ),
         (
             ['optim_wrapper.paramwise_cfg.norm_decay_mult=0'],
-            'is of a run with another optim_wrapper: groups of .* parameters',
+            'is from a run with another optim_wrapper: groups of .* '
+            'parameters',
         ),
         (
             ['model.neck.type=FPN'],
-            r'is not of this config: (\d+) of \1 weights fit; unexpected: ',
+            r'does not fit this config: (\d+) of \1 weights fit; unexpected: ',
         ),
     ],
     ids=['classes', 'optimizer', 'groups', 'neck'],
@@ -599,8 +598,8 @@ def test_finished_run_of_a_renamed_folder(shapes, run, tmp_path):
     options = shapes_options(shapes)
     printed = execute(*train, '--resume', *options)
     assert printed.splitlines()[-1] == (
-        f'{moved}/epoch_1.pth is the end of a run of train_cfg.max_epochs=1: '
-        'raise that to train longer, or start anew in another --work-dir'
+        f'{moved}/epoch_1.pth ends a run with train_cfg.max_epochs=1: '
+        'raise that to train longer, or start again in another --work-dir'
     )
     assert sorted(moved.iterdir()) == before
     printed = execute(*train, '--resume', *options, 'train_cfg.max_epochs=2')
@@ -614,7 +613,7 @@ def test_finished_run_of_a_renamed_folder(shapes, run, tmp_path):
         ('old/epoch_1.pth', 'there is no checkpoint old/epoch_1.pth'),
         (
             '',
-            '{}/last_checkpoint is empty; name the file: --resume CHECKPOINT',
+            '{}/last_checkpoint is empty; name a file: --resume CHECKPOINT',
         ),
     ],
 )
@@ -643,7 +642,7 @@ def test_resuming_before_the_first_checkpoint(
     error('train', SHAPES, *options, work_dir=work_dir)
     printed = capsys.readouterr().out
     assert (
-        f'--resume: there is no checkpoint in {work_dir} yet, so the training '
-        'starts from its beginning'
+        f'--resume: there is no checkpoint in {work_dir} yet, so training '
+        'starts from the beginning'
     ) in printed
     assert re.search(rf'load_from {file}: (\d+) of \1 weights are', printed)

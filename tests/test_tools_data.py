@@ -450,9 +450,9 @@ def test_boxes_that_are_dropped_are_counted(data, tmp_path, warnings):
     dataset = load(tmp_path, boxes(data), 'mmdet')
     assert warnings == [
         (
-            f'{data}/{JSON}: 6 of {total} boxes are dropped: 2 of no area, '
-            '1 outside its image, 1 of negative size, 1 thinner than a pixel, '
-            '1 of an image that is not listed',
+            f'{data}/{JSON}: 6 of {total} boxes are dropped: 2 with no '
+            'area, 1 outside its image, 1 with negative size, 1 thinner than '
+            'a pixel, 1 on an image that is not listed',
             logging.WARNING,
         )
     ]
@@ -472,8 +472,8 @@ def test_boxes_of_other_classes_are_not_counted(data, tmp_path, warnings):
     dataset['metainfo'] = dict(classes=('disk',))
     load(tmp_path, dataset, 'mmdet')
     assert [line for line, _ in warnings] == [
-        f'{data}/{JSON}: 1 of {len(disks)} boxes are dropped: 1 of negative '
-        'size'
+        f'{data}/{JSON}: 1 of {len(disks)} boxes are dropped: 1 with '
+        'negative size'
     ]
 
 
@@ -627,7 +627,7 @@ def test_training_stops_at_an_invalid_loss(data, tmp_path, value):
     message = read(tmp_path, maps(data), 'mmseg', losses=losses)
     assert message == (
         f'training stopped at iteration 3: loss is {value}, loss_cls is '
-        f'{value}; look at the learning rate and the data'
+        f'{value}; check the learning rate and the data'
     )
     # what would be saved after it is of no use
     saved = sorted(path.name for path in (tmp_path / 'work').glob('*.pth'))

@@ -1,7 +1,6 @@
 """Checkpoints: saved whole, and compared with the config before any is used.
 
-Importing this makes mmengine save as `WholeFiles` and `SafeCheckpointHook`
-say.
+Importing this makes mmengine save by `WholeFiles` and `SafeCheckpointHook`.
 """
 
 import os
@@ -24,7 +23,7 @@ from mmengine.utils import mkdir_or_exist
 
 
 class WholeFiles(LocalBackend):
-    """mmengine's local files, none of which is ever half written."""
+    """mmengine's local files, but none is ever left half written."""
 
     def put(self, obj, filepath):
         write_whole(filepath, obj)
@@ -48,8 +47,8 @@ def write_whole(file, data):
 class SafeCheckpointHook(CheckpointHook):
     """Writes the new checkpoint, then names it, then removes the old one.
 
-    mmengine's own removes first, and a run that is killed while it writes may
-    have nothing left.
+    mmengine's own hook removes first, so a run that is killed while it writes
+    may have nothing left.
     """
 
     def _save_checkpoint_with_step(self, runner, step, meta):
@@ -119,7 +118,7 @@ class RemovesLater:
 
 
 def load(path):
-    """Load a checkpoint into memory; gives a dict."""
+    """Load a checkpoint, a dict, into memory."""
     try:
         with readable_errors():
             checkpoint = CheckpointLoader.load_checkpoint(
@@ -134,9 +133,9 @@ def load(path):
 
 @contextmanager
 def readable_errors(model=None):
-    """End in one line where a checkpoint cannot be loaded inside.
+    """End in one line if a checkpoint cannot be loaded inside.
 
-    The config of a model names its settings that load one.
+    With the config of a model, the line names the setting to leave out.
     """
     try:
         yield
@@ -157,10 +156,10 @@ def readable_errors(model=None):
 class Fit:
     """How the weights of a checkpoint fit a model; loads those that do.
 
-    ``missing`` are names of the model's weights, ``unexpected`` names of the
-    checkpoint's, ``reshaped`` what is said of those of another shape, and
-    ``loaded`` of ``total`` weights are as in the checkpoint. The counters of
-    batches in BN layers are not compared: mmengine does not ask for them.
+    ``missing`` names the weights that only the model has, ``unexpected`` those
+    that only the checkpoint has, and ``reshaped`` describes those of another
+    shape; ``loaded`` of ``total`` weights are now as in the checkpoint. BN's
+    counters of batches are not compared: mmengine does not require them.
     """
 
     def __init__(self, model, path, checkpoint, ignored=()):
@@ -190,7 +189,7 @@ class Fit:
                 )
             except RuntimeError as error:
                 text = ' '.join(str(error).split())
-                fail(f'{path} is not of this config: {text}')
+                fail(f'{path} does not fit this config: {text}')
 
         def counted(names):
             return [
@@ -226,19 +225,19 @@ class Fit:
 
 
 def check_weights(model, path, checkpoint):
-    """Refuse weights of another model: mmengine would fill in random ones."""
-    # What no prediction comes from may be there or not.
+    """Refuse weights of another model: mmengine would keep random ones."""
+    # These are optional: no prediction depends on them.
     ignored = ('auxiliary_head.', 'data_preprocessor.')
     fit = Fit(model, path, checkpoint, ignored)
     if not fit:
-        fail(f'{path} is not of this config: {fit}')
+        fail(f'{path} does not fit this config: {fit}')
 
 
 def say_what_is_loaded(model, path, checkpoint):
-    """For a training, which may begin with the weights of another model."""
+    """Report what training starts from: maybe another model's weights."""
     fit = Fit(model, path, checkpoint)
     if not fit.loaded:
-        fail(f'load_from: {path} is not of this config: {fit}')
+        fail(f'load_from: {path} does not fit this config: {fit}')
     text = f'load_from {path}: {fit.loaded} of {fit.total} weights are loaded'
     fresh = fit.missing + fit.reshaped
     if fresh:
@@ -249,21 +248,21 @@ def say_what_is_loaded(model, path, checkpoint):
 
 
 def newest(work_dir):
-    """The checkpoint that the run in a folder saved last, None without one."""
+    """The last checkpoint of the run in a folder, None without one."""
     file = osp.join(work_dir, 'last_checkpoint')
     if not osp.isfile(file):
         return None
     with open(file) as stream:
         path = stream.read().strip()
     if not path:
-        fail(f'{file} is empty; name the file: --resume CHECKPOINT')
-    # it holds the name that the folder had then
+        fail(f'{file} is empty; name a file: --resume CHECKPOINT')
+    # it holds the name that the folder had when it was saved
     here = osp.join(work_dir, osp.basename(path))
     return here if osp.isfile(here) else path
 
 
 def check_resumed(path, checkpoint, model, optim_wrapper):
-    """Refuse to resume what was saved by another run than this one."""
+    """Refuse to resume what a different run saved."""
     instead = f'begin with its weights: --cfg-options load_from={path}'
     if not {'meta', 'message_hub'} <= checkpoint.keys():
         fail(
@@ -273,19 +272,19 @@ def check_resumed(path, checkpoint, model, optim_wrapper):
     fit = Fit(model, path, checkpoint)
     if not fit:
         fail(
-            f'--resume: {path} is not of this config: {fit}; resume with the '
-            f'config of its run, or {instead}'
+            f'--resume: {path} does not fit this config: {fit}; resume with '
+            f'the config of its run, or {instead}'
         )
     difference = _difference(checkpoint.get('optimizer'), optim_wrapper)
     if difference:
         fail(
-            f'--resume: {path} is of a run with another optim_wrapper: '
+            f'--resume: {path} is from a run with another optim_wrapper: '
             f'{difference}; resume with the config of its run, or {instead}'
         )
 
 
 def _difference(saved, optim_wrapper):
-    """How a saved state is not one of an optimizer; None if it is."""
+    """How a saved state does not fit an optimizer; None if it does."""
     if not isinstance(optim_wrapper, OptimWrapper) or not saved:
         return None  # several optimizers, or a checkpoint without a state
     groups = saved.get('param_groups', [])
@@ -295,8 +294,8 @@ def _difference(saved, optim_wrapper):
     )
     if sizes != own_sizes:
         return f'groups of {some(sizes)} parameters, not of {some(own_sizes)}'
-    # Another torch knows more settings, or fewer, of the same optimizer; only
-    # another optimizer has some that this one lacks, and the reverse.
+    # Another torch may know more settings of the same optimizer, or fewer.
+    # Only another optimizer both has some that this one lacks and lacks some.
     more = {*groups[0]} - {*own[0], 'initial_lr'}
     fewer = {*own[0]} - {*groups[0]}
     if more and fewer:
@@ -309,7 +308,7 @@ def _difference(saved, optim_wrapper):
 
 
 def finished(train_cfg, checkpoint):
-    """The setting that ended the run of a checkpoint, None before its end."""
+    """The setting that ended a checkpoint's run, None if it has not ended."""
     for unit in ('epoch', 'iter'):
         key = f'max_{unit}s'
         if checkpoint['meta'].get(unit, 0) >= train_cfg.get(key, float('inf')):
@@ -326,7 +325,7 @@ def pretrained(model):
             kind = value.get('type')
             if getattr(kind, '__name__', kind) in PRETRAINED:
                 if value.get('checkpoint'):
-                    # of a list of several, too
+                    # also in a list of several
                     setting = key[: key.rindex('init_cfg') + len('init_cfg')]
                     yield setting, value['checkpoint']
 
@@ -335,7 +334,7 @@ PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
 def check_pretrained(model):
-    """Look for what the model starts from, as far as that needs no network."""
+    """Look for the weights to start from, as far as possible offline."""
     for key, path in pretrained(model):
         scratch = f'start with random weights: --cfg-options {key}=None'
         if path.startswith(('torchvision://', 'modelzoo://')):

@@ -1,7 +1,7 @@
 """What train.py and test.py share: options, and checks of what they name.
 
-The checks come before anything is written or trained. A mistake of the user
-ends in one line that names it; only mistakes of the code show a traceback.
+The checks come before anything is written or trained. A user's mistake ends in
+one line that names it; only a bug shows a traceback.
 """
 
 import argparse
@@ -36,7 +36,7 @@ checkpoint.enable()
 
 
 class Options(DictAction):
-    """mmengine's, which takes blanks out of values and fails without "="."""
+    """mmengine's, but blanks stay in values, and a missing "=" is named."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         options = dict(getattr(namespace, self.dest, None) or {})
@@ -88,7 +88,7 @@ def make_parser(description):
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='what has started the processes of a distributed run',
+        help='what started the processes of a distributed run',
     )
     # torch.distributed.launch of torch < 2 and >= 2
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
@@ -101,7 +101,7 @@ def fail(message):
 
 @contextmanager
 def user_errors(what):
-    """Say in one line what a wrong config made mmengine raise."""
+    """Report in one line what a wrong config made mmengine raise."""
     try:
         yield
     except (
@@ -114,7 +114,7 @@ def user_errors(what):
         TypeError,
         ValueError,
     ) as error:
-        # mmengine raises its own, which say only that custom_imports failed
+        # mmengine's own errors say only that custom_imports failed
         while error.__context__ and str(error).startswith('Failed to import'):
             error = error.__context__
         if isinstance(error, KeyError):
@@ -125,7 +125,7 @@ def user_errors(what):
 
 
 def _fail_for_unknown_type(what, text):
-    """Name the type that was meant, where mmengine names its manual."""
+    """Suggest the type that was meant; mmengine only cites its manual."""
     found = re.match(r'(\S+) is not in the (\w+)(::\w+)? registry', text)
     if not found:
         return
@@ -152,7 +152,7 @@ def _fail_for_unknown_type(what, text):
 
 
 def load_config(args, *needed):
-    """The config, with what the command line says in it."""
+    """The config, with the command line's settings in it."""
     cfg = read_config(args, *needed)
     name = osp.splitext(osp.basename(args.config))[0]
     cfg.work_dir = (
@@ -164,7 +164,7 @@ def load_config(args, *needed):
 
 
 def read_config(args, *needed):
-    """The config file, with --cfg-options, and with the keys that it needs."""
+    """The config file with --cfg-options, checked for the needed keys."""
     if not osp.isfile(args.config):
         fail(f'config: there is no file {args.config}')
     with user_errors(f'config {args.config}'):
@@ -173,7 +173,7 @@ def read_config(args, *needed):
     _check_keys(options, cfg)
     with user_errors('--cfg-options'):
         cfg.merge_from_dict(options)
-        if 'custom_imports' in cfg:  # reading the file imported the file's
+        if 'custom_imports' in cfg:  # reading it imported its own
             import_modules_from_strings(**cfg.custom_imports)
     for key in needed:
         if not cfg.get(key):
@@ -184,11 +184,11 @@ def read_config(args, *needed):
 def _check_keys(options, cfg):
     """Refuse settings that nothing would ever read.
 
-    Below the first level a setting is an argument, and building finds it.
+    Below the first level, settings are arguments, which building checks.
     """
     read = {
         *inspect.signature(Runner).parameters,
-        # what mmengine and these tools read besides
+        # what else mmengine and these tools read
         *('activation_checkpointing', 'compile', 'custom_imports'),
         *('efficient_conv_bn_eval', 'find_unused_parameters'),
         *('model_wrapper_cfg', 'runner_type', 'sync_bn'),
@@ -207,8 +207,8 @@ def _check_keys(options, cfg):
         copies = ['.'.join([each, *rest]) for each in _copies(cfg, name, read)]
         if copies:
             fail(
-                f'--cfg-options {key}: {name} was read with the config file, '
-                f'and changes nothing now; what counts is {some(copies, 6)}'
+                f'--cfg-options {key}: {name} counts only while the config '
+                f'file is read; set instead: {some(copies, 6)}'
             )
         if not cfg.get('custom_imports'):  # whose modules may read anything
             fail(
@@ -218,11 +218,12 @@ def _check_keys(options, cfg):
 
 
 def _copies(cfg, name, read):
-    """Keys that got the value of a name at the top of a config file.
+    """Keys that got their value from a top-level name of a config file.
 
-    Those of that name go first. Other keys count if their value, more than
-    None or a bool, is equal or, a string or a dict, holds it. Where none does,
-    the file has replaced it, and those of that name are all there is.
+    Keys of the same name come first. Others count if their value, unless None
+    or a bool, equals the name's or is a string or dict that contains it. Where
+    none does, the file has replaced the value, and only keys of that name
+    are left.
     """
     value = _unscoped(cfg[name])
     named, equal, replaced = [], [], []
@@ -252,7 +253,7 @@ def _unscoped(value):
 
 
 def walk(value, prefix=''):
-    """(key, value) of all that a config holds, as --cfg-options names them."""
+    """Each (key, value) in a config, with keys as in --cfg-options."""
     if isinstance(value, dict):
         items = value.items()
     else:
@@ -270,16 +271,16 @@ def some(names, most=3):
 
 
 def say(text):
-    """Print a line, from one of the processes."""
+    """Print a line, from the first process only."""
     if os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0':
         print(text, flush=True)
 
 
 def build_model(cfg):
-    """Build the model before anything is written; gives it.
+    """Build and return the model, before anything is written.
 
-    Misspelt types and arguments show here, and its weights' names and shapes
-    are what a checkpoint must have.
+    Misspelt types and arguments show here, and a checkpoint is compared with
+    the names and shapes of its weights.
     """
     cfg = copy.deepcopy(cfg)  # building writes into it
     scope = cfg.get('default_scope')
@@ -307,9 +308,9 @@ def _check_width(model):
 
 
 def build_optimizer(cfg, model):
-    """Build the optimizer to find mistakes in it; gives its wrapper.
+    """Build the optimizer to find mistakes in it; return its wrapper.
 
-    None where there are several: only their runner knows how they are built.
+    None for several optimizers: only their runner knows how to build them.
     """
     wrapper = copy.deepcopy(cfg.optim_wrapper)
     if 'optimizer' not in wrapper:
@@ -325,7 +326,7 @@ def build_optimizer(cfg, model):
 def check_train_cfg(cfg):
     """Compare train_cfg with the arguments of the loop that it describes."""
     settings = dict(cfg.train_cfg)
-    settings.pop('_scope_', None)  # mmengine's, of configs of mmdet::
+    settings.pop('_scope_', None)  # mmengine adds it to configs from mmdet::
     by_epoch = settings.pop('by_epoch', None)
     name = 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop'
     scope = cfg.get('default_scope')
@@ -344,7 +345,7 @@ def check_train_cfg(cfg):
 
 
 def _make_work_dir(cfg):
-    """The last check, and the first that writes: a folder that can be used."""
+    """The last check, and the first that writes: can the folder be used?"""
     try:
         os.makedirs(cfg.work_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.work_dir).close()

@@ -1,7 +1,7 @@
 """Distributed and mixed-precision training without a GPU.
 
-mmengine and torch ask CUDA for both. What is here does the same on a CPU, so
-that a run can be tried where there is no GPU.
+mmengine and torch need CUDA for both. This does the same on a CPU, so that a
+run can be tried without a GPU.
 """
 
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ def distribute(cfg):
 
 
 class SumOfRanks(torch.autograd.Function):
-    """all_reduce, which by itself has no gradient."""
+    """all_reduce with a gradient, which torch's own lacks."""
 
     @staticmethod
     def forward(ctx, x):
@@ -41,7 +41,7 @@ class SumOfRanks(torch.autograd.Function):
 
 
 class CPUSyncBatchNorm(nn.BatchNorm2d):
-    """torch.nn.SyncBatchNorm, which trains on GPUs only, made of sums."""
+    """torch.nn.SyncBatchNorm, which trains on GPUs only, by sums of ranks."""
 
     def forward(self, x):
         if not self.training:
@@ -67,9 +67,9 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """bf16 autocast, where mmengine's AmpOptimWrapper wants a GPU.
+    """bf16 autocast; mmengine's AmpOptimWrapper needs a GPU.
 
-    bf16 has the exponents of fp32, so there is no loss to scale.
+    bf16 has the exponents of fp32, so the loss needs no scaling.
     """
 
     @contextmanager
@@ -79,10 +79,10 @@ class CPUAmpOptimWrapper(OptimWrapper):
 
 
 def keep_boxes_in_fp32(model):
-    """Let autocast end where a detector's boxes begin.
+    """Keep a detector's boxes out of autocast.
 
-    mmcv's NMS and RoIAlign know no bf16 on a CPU. Nor would it do: above 256
-    it has no odd numbers for coordinates.
+    mmcv's NMS and RoIAlign take no bf16 on a CPU. Nor can it hold coordinates:
+    it has no odd numbers above 256.
     """
     from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
     from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import (

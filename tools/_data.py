@@ -1,8 +1,8 @@
-"""What train.py and test.py check of the data they are given.
+"""How train.py and test.py check the data they are given.
 
-Three moments: paths and classes before anything is written, annotations while
-the data set loads them, each image and label map when it is loaded. A data set
-may be large, so nothing is read for the sake of the check alone.
+Paths and classes are checked before anything is written, annotations while the
+data set loads them, each image and label map when it is loaded. A data set may
+be large, so nothing is read just to be checked.
 """
 
 import copy
@@ -52,7 +52,7 @@ def check_data(cfg, split):
 
 
 def _each_dataset(function, cfg, key):
-    """Replace each data set, also in wrappers such as RepeatDataset."""
+    """Replace each data set, also inside wrappers such as RepeatDataset."""
     for name in ('dataset', 'datasets'):
         if name in cfg:
             inner = [
@@ -87,11 +87,11 @@ def _check_dataset(cfg, key, datasets, heads):
 
 
 def _heads(model, key='model'):
-    """Pairs of a key and the config of a head that predicts the classes."""
+    """(key, config) of each head that predicts the data set's classes."""
     if isinstance(model, (list, tuple)):
         for index, each in enumerate(model):
             yield from _heads(each, f'{key}.{index}')
-    # Its classes are words, or all those of the data set's objects that move.
+    # With these, classes are words, or only the data set's moving objects.
     free = {'language_model', 'text_encoder', 'tracker'}
     if not isinstance(model, dict) or free & model.keys():
         return
@@ -99,7 +99,7 @@ def _heads(model, key='model'):
     if is_head and model.get('type') != 'STDCHead':  # which predicts edges
         yield key, model
     for name, value in model.items():
-        # These predict what is an object at all, and the kinds of ground.
+        # These predict whether there is an object, and kinds of background.
         if name not in ('rpn_head', 'semantic_head'):
             yield from _heads(value, f'{key}.{name}')
 
@@ -174,12 +174,12 @@ def guarded(runner, *splits):
         if not isinstance(dataloader, dict):
             return build(dataloader, *args, **kwargs)
 
-        # A function in the place of a type: the registry calls it, and the
+        # The registry calls a function that stands in place of a type, and the
         # config that the run keeps stays as it is.
         def load(cfg, key):
             return {**cfg, 'type': partial(_load, cfg['type'], key, ignored)}
 
-        key = f'{split}_dataloader'  # of the loop that is built, below
+        key = f'{split}_dataloader'  # of the loop being built below
         dataset = _each_dataset(load, dataloader['dataset'], f'{key}.dataset')
         with user_errors(key):
             try:
@@ -188,15 +188,15 @@ def guarded(runner, *splits):
                 )
                 length = len(loader.dataset)
             except ValueError as error:
-                # how mmengine packs the records of no image
+                # mmengine fails so when it packs no records
                 if 'at least one array to concatenate' not in str(error):
                     raise
                 length = 0
         # a sampler of an empty data set might wait forever
         if not length:
             fail(
-                f'{key}.dataset holds no image: look at its paths, at '
-                'metainfo.classes and at filter_cfg'
+                f'{key}.dataset holds no image: check its paths, '
+                'metainfo.classes and filter_cfg'
             )
         return loader
 
@@ -204,13 +204,13 @@ def guarded(runner, *splits):
     for split in splits:
         with user_errors(f'{split}_cfg'):
             getattr(runner, f'{split}_loop')  # builds it
-    del runner.build_dataloader  # again the class's
+    del runner.build_dataloader  # back to the class's own
     if 'train' in splits:
         runner.register_hook(StopAtInvalidLoss())
     try:
         yield
     except DataError as error:
-        # of a worker process, the text is its traceback, which ends in ours
+        # a worker process's text is its traceback, which ends in our line
         fail(str(error).rpartition(f'{DataError.__name__}: ')[2].strip())
 
 
@@ -234,7 +234,7 @@ def _load(kind, key, ignored, **cfg):
 
         dataset.COCOAPI = CheckedCOCO
         dataset.full_init()
-        del dataset.COCOAPI  # again the class's, which can be pickled
+        del dataset.COCOAPI  # back to the class's, which can be pickled
     dataset.full_init()
 
     num_labels = None
@@ -254,7 +254,7 @@ def _load(kind, key, ignored, **cfg):
 
 
 def _reads_coco(cls):
-    """Whether a data set takes from a json what mmdet's CocoDataset takes."""
+    """Whether a data set reads its json as mmdet's CocoDataset does."""
     if not hasattr(cls, 'COCOAPI'):
         return False
     from mmdet.datasets import CocoDataset
@@ -273,7 +273,7 @@ COCO_KEYS = dict(
 
 
 def _check_coco(content, dataset, key):
-    """Refuse entries that cannot be meant, and count the unused boxes.
+    """Refuse invalid entries, and count the boxes that will be dropped.
 
     Args:
         content (dict): what the json holds.
@@ -284,7 +284,7 @@ def _check_coco(content, dataset, key):
     for part, keys in COCO_KEYS.items():
         if part not in content:
             if part == 'annotations' and dataset.test_mode:
-                continue  # the list of COCO's test images has none
+                continue  # COCO's list of test images has none
             fail(f'{path} has no {part!r}')
         for index, entry in enumerate(content[part]):
             if not isinstance(entry, dict):
@@ -337,7 +337,7 @@ def _check_coco(content, dataset, key):
 
 
 def _check_names(wanted, names, path, key):
-    """mmdet would number the other classes as if these did not exist."""
+    """Refuse unknown ones: mmdet would number the rest as if without them."""
     missing = [name for name in wanted if name not in names]
     if missing:
         close = difflib.get_close_matches(missing[0], names, 1)
@@ -357,14 +357,14 @@ def _finite(*values):
 
 
 def _why_dropped(box, area, image):
-    """Why mmdet's CocoDataset leaves a box out; None: it does not."""
+    """Why mmdet's CocoDataset leaves a box out; None if it does not."""
     if image is None:
-        return 'of an image that is not listed'
+        return 'on an image that is not listed'
     x, y, width, height = box
     if width < 0 or height < 0:
-        return 'of negative size'
+        return 'with negative size'
     if not width or not height or area <= 0:
-        return 'of no area'
+        return 'with no area'
     if min(x + width, image['width']) <= max(x, 0) or min(
         y + height, image['height']
     ) <= max(y, 0):
@@ -392,7 +392,7 @@ def _loading_steps(step):
 
 @contextmanager
 def _reading(what):
-    """Name the file: decoders know only the bytes."""
+    """Name the file in errors: decoders know only the bytes."""
     try:
         yield
     except Exception as error:
@@ -413,7 +413,7 @@ def _load_label_map(step, num_labels, ignored, results):
     Args:
         step (LoadAnnotations): what loads it.
         num_labels (int | None): labels are less than this; None: unknown.
-        ignored (list[int]): labels that are allowed besides.
+        ignored (list[int]): labels that are allowed too.
         results (dict): what the pipeline knows of the image so far.
     """
     path = results.get('seg_map_path')
@@ -456,8 +456,8 @@ def _size(shape):
 class StopAtInvalidLoss(Hook):
     """End the run at a loss that is NaN or infinite, before it is saved.
 
-    Each iteration: mmengine's RuntimeInfoHook has just waited for the losses
-    to log them, so a GPU is not kept waiting any longer.
+    This costs no extra wait for a GPU: mmengine's RuntimeInfoHook has just
+    waited for the losses of the iteration, to log them.
     """
 
     def after_train_iter(
@@ -476,5 +476,5 @@ class StopAtInvalidLoss(Hook):
         if wrong:
             fail(
                 f'training stopped at iteration {runner.iter + 1}: '
-                f'{", ".join(wrong)}; look at the learning rate and the data'
+                f'{", ".join(wrong)}; check the learning rate and the data'
             )

@@ -1,12 +1,12 @@
 """Export a segmentor: python tools/export_onnx.py CONFIG [CHECKPOINT].
 
-The file goes from pixels to logits, for any batch and image size::
+The file maps pixels to logits, for any batch and image size::
 
     image   float32 [N, 3, H, W]: 0 to 255, BGR, as cv2.imread reads them
     logits  float32 [N, classes, H, W]: argmax over the classes is the map
 
-It holds operators of ONNX's own set only, and it is written only after
-onnxruntime has computed from it what PyTorch computes.
+It uses ONNX's own operators only, and it is written only after onnxruntime has
+computed the same from it as PyTorch.
 """
 
 import argparse
@@ -89,7 +89,7 @@ class PixelsToLogits(nn.Module):
 
 @contextmanager
 def pooling_by_products(model):
-    """Exported like this; what it is compared with pools as ever."""
+    """Pool by matrix products during export only, not in the comparison."""
     pools = [m for m in model.modules() if isinstance(m, nn.AdaptiveAvgPool2d)]
     for pool in pools:
         bins = pool.output_size
@@ -108,8 +108,8 @@ def export(model, image, file, exporter, opset, outputs=('logits',)):
     names = dict(input_names=['image'], output_names=list(outputs))
     quiet = warnings.catch_warnings()
     with quiet, torch.no_grad(), pooling_by_products(model):
-        # The exporters' own: about their age, and about shapes that the old
-        # one takes for constants, which the check after this would notice.
+        # The exporters warn about their age, and about shapes that the old one
+        # takes for constants, which the check after this would notice.
         warnings.simplefilter('ignore')
         if exporter == 'dynamo':
             dynamic = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
@@ -138,10 +138,10 @@ def export(model, image, file, exporter, opset, outputs=('logits',)):
 
 
 def lower_opset(file, opset):
-    """Write a model of opset 18 as one of an older opset.
+    """Rewrite a model of opset 18 for an older opset.
 
     torch's new exporter writes nothing older than 18, and onnx's converter
-    lacks Pad and Resize, of which 18 added only attributes that this removes
+    lacks Pad and Resize. To these, 18 added only attributes that this removes
     where they have their default.
     """
     import onnx
@@ -215,7 +215,7 @@ def main():
         _cli.fail(f'--opset is {args.opset}, expected {lowest} to 17')
     cfg = _cli.read_config(args, 'model')
     if cfg.get('default_scope') != 'mmseg':
-        _cli.fail(f'config {args.config} is not one of mmseg')
+        _cli.fail(f'config {args.config} is not an mmseg config')
     if (cfg.model.get('test_cfg') or {}).get('mode', 'whole') != 'whole':
         _cli.fail(
             'model.test_cfg.mode: expected whole; the windows of slide are '
@@ -248,7 +248,7 @@ def main():
             export(model, image, file, args.exporter, args.opset)
         except Exception:
             if args.exporter == 'torchscript' and has_dynamo():
-                print('perhaps --exporter dynamo can', file=sys.stderr)
+                print('--exporter dynamo may work', file=sys.stderr)
             raise
         check(model, file)
         os.replace(file, out)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster. GPUS (8), GPUS_PER_NODE (8), CPUS_PER_TASK (5) and
-# SRUN_ARGS say with how much.
+# Train on a Slurm cluster. Set in the environment how much to use: GPUS (8),
+# GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS.
 set -euo pipefail
 if [ $# -lt 4 ]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [options of train.py]" >&2

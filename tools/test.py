@@ -25,7 +25,7 @@ def parse_args():
     parser.add_argument(
         '--show-dir',
         help='draw the predictions into this folder, in WORK_DIR/TIMESTAMP '
-        '(segmentation: of each n-th batch, where the config has '
+        '(segmentation: for every n-th batch, if the config has '
         'default_hooks.visualization.interval=n)',
     )
     parser.add_argument(
@@ -48,7 +48,7 @@ def draw(cfg, args):
     if cfg.default_scope == 'mmdet':
         hook.test_out_dir = args.show_dir
     else:
-        # mmseg leaves the folder to the visualizer, which has WORK_DIR/
+        # mmseg leaves the folder to the visualizer, whose default is WORK_DIR/
         # TIMESTAMP/vis_data, and by default draws one batch in fifty.
         hook.setdefault('interval', 1)
         cfg.visualizer.vis_backends = [
@@ -93,7 +93,7 @@ def use_tta(cfg):
 
 
 def flipped(pipeline):
-    """A detector's test pipeline that gives each image as it is and flipped.
+    """A detector's test pipeline that gives each image plain and flipped.
 
     Only the last step, which packs the image, comes after the flip.
     """

@@ -60,13 +60,13 @@ def scale_lr(cfg):
 
 
 def resume(cfg, checkpoint):
-    """Let the run go on from a checkpoint, "auto" for its newest."""
+    """Continue from a checkpoint; "auto" is the newest of the run."""
     if checkpoint == 'auto':
         checkpoint = _checkpoints.newest(cfg.work_dir)
         if not checkpoint:
             _cli.say(
                 f'--resume: there is no checkpoint in {cfg.work_dir} yet, so '
-                'the training starts from its beginning'
+                'training starts from the beginning'
             )
             return
     cfg.resume = True
@@ -74,7 +74,7 @@ def resume(cfg, checkpoint):
 
 
 def stop(runner):
-    """End after Ctrl-C, which needs no traceback."""
+    """End without a traceback after Ctrl-C."""
     newest = _checkpoints.newest(runner.work_dir)
     after = (
         f'continue from {newest} with --resume'
@@ -82,7 +82,7 @@ def stop(runner):
         else 'no checkpoint was saved yet'
     )
     print(f'stopped at iteration {runner.iter}; {after}', file=sys.stderr)
-    raise SystemExit(130)  # as the shell has it
+    raise SystemExit(130)  # the shell's code for Ctrl-C
 
 
 def main():
@@ -115,8 +115,8 @@ def main():
             end = _checkpoints.finished(cfg.train_cfg, checkpoint)
             if end:
                 _cli.say(
-                    f'{cfg.load_from} is the end of a run of {end}: raise '
-                    'that to train longer, or start anew in another '
+                    f'{cfg.load_from} ends a run with {end}: raise '
+                    'that to train longer, or start again in another '
                     '--work-dir'
                 )
                 return

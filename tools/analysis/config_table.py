@@ -1,9 +1,8 @@
 """What each config upsamples with, and what was measured with it.
 
-Prints the table of the README. Where a config upsamples is seen in the model
-that it builds, on PyTorch's meta device; the results, and the paper's, are
-those of configs/*/metafile.yml, and below the table stands how they were
-measured.
+Prints the README's table. Where a config upsamples is read off the model that
+it builds, on PyTorch's meta device. The results, and the paper's, come from
+configs/*/metafile.yml; notes below the table say how they were measured.
 
 Usage::
 
@@ -26,8 +25,8 @@ from mmengine.registry import DefaultScope
 import mmcarafe
 
 ROOT = Path(__file__).resolve().parents[2]
-# Beginnings of modules' names, of which the first that fits counts, and what
-# to call these places.
+# Prefixes of modules' names, of which the first match counts, and what to call
+# these places.
 PLACES = (
     ('neck.', 'the neck'),
     ('roi_head.mask_head.', 'the mask head'),
@@ -40,7 +39,7 @@ PLACES = (
 
 
 def metadata(root):
-    """Config -> its entry in a metafile, of all that model-index.yml names."""
+    """Config -> its entry in the metafiles that model-index.yml lists."""
     models = {}
     for path in load(root / 'model-index.yml')['Import']:
         for model in load(root / path)['Models']:

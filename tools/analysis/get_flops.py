@@ -1,10 +1,10 @@
 r"""Parameters and FLOPs of a detector or a segmentor at inference.
 
-Counted are convolutions, matrix products and CARAFE's weighted sums, a
-multiply-add as 2 FLOPs, for one image. Left out are biases, normalisation,
-activations, softmax, interpolation and RoIAlign, and the auxiliary head, which
-only training uses. A two-stage detector gets as many proposals as its
-``test_cfg`` lets through. No weights are loaded.
+Convolutions, matrix products and CARAFE's weighted sums count, a multiply-add
+as 2 FLOPs, for one image. Biases, normalisation, activations, softmax,
+interpolation and RoIAlign do not, nor does the auxiliary head, which only
+training uses. A two-stage detector gets as many proposals as its ``test_cfg``
+allows. No weights are loaded.
 
 Usage::
 
@@ -29,7 +29,7 @@ from _cli import CFG_OPTIONS, fail, read_config, user_errors  # noqa: E402
 
 
 def build(cfg):
-    """The model of a config, as it infers, on PyTorch's default device.
+    """A config's model for inference, on PyTorch's default device.
 
     Args:
         cfg (dict): the config's ``model``.
@@ -55,7 +55,7 @@ def count(model, shape):
     """
     parameters = list(model.parameters())
     image = parameters[0].new_zeros(1, 3, *shape)
-    # what detectors like DETR make their masks of
+    # what detectors like DETR make their masks from
     metainfo = dict(img_shape=shape, batch_input_shape=shape)
     samples = [BaseDataElement(metainfo=metainfo)]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -67,7 +67,7 @@ def count(model, shape):
 
 
 def _run_two_stages(model, image, samples):
-    # How many boxes survive NMS hangs on the weights; a trained detector
+    # How many boxes survive NMS depends on the weights; a trained detector
     # usually reaches the maximum.
     corners = image.new_tensor([0, 0, *image.shape[:1:-1]])  # x, y, x, y
     boxes = corners.expand(model.test_cfg.rpn.max_per_img, 4)
@@ -77,7 +77,7 @@ def _run_two_stages(model, image, samples):
 
 
 def parse_args(description, config=None):
-    """What the command line names, checked.
+    """Read and check the command line.
 
     Args:
         description (str): of the tool.

@@ -1,4 +1,4 @@
-"""Say in one line what a run reached and where it left what it wrote.
+"""Say in one line what a run scored and where it left its files.
 
 Usage::
 

@@ -1,9 +1,9 @@
 """Parameters and FLOPs of UPerNet with CARAFE in PPM, FPN and FUSE.
 
-Prints the table of the README, one row for each of the eight combinations.
-Nothing is loaded or run: the model is built on PyTorch's meta device.
+Prints the README's table, one row for each of the eight combinations. No
+weights are loaded: the model is built and run on PyTorch's meta device.
 
-What is counted stands in get_flops.py.
+get_flops.py says what is counted.
 
 Usage::
 

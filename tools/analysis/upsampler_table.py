@@ -1,9 +1,9 @@
 """Parameters of each upsampler, and its FLOPs for one source pixel.
 
-Prints the table of the README for ×2. A multiply-add is 2 FLOPs. The paper
-counts CARAFE's biases, as multiply-adds too, and not those of the others, so
-both counts are shown. The dynamic filter predicts a K×K kernel for each
-channel: CARAFE with as many groups as channels.
+Prints the README's table for ×2. A multiply-add is 2 FLOPs. The paper counts
+the biases of CARAFE, as multiply-adds, but not of the others, so both counts
+are shown. The dynamic filter predicts a K×K reassembly kernel for each
+channel: it is CARAFE with as many groups as channels.
 
 Usage::
 
@@ -21,7 +21,7 @@ from mmcarafe.upsamplers import COMPARED, build_upsampler
 
 
 def count(module, channels):
-    """Parameters, and FLOPs a source pixel without and with the biases."""
+    """Parameters, and FLOPs per source pixel without and with the biases."""
     biases = 0
 
     def add_biases(conv, inputs, out):

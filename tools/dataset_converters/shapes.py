@@ -1,7 +1,7 @@
 """Draw a small detection and segmentation data set of plain shapes.
 
-One folder serves both kinds of model: the pictures lie once, in ADE20K's
-layout with its semantic maps, and COCO json files stand beside the maps::
+One folder serves both kinds of model: the pictures are stored once, in
+ADE20K's layout with its semantic maps, and COCO json files beside the maps::
 
     data/shapes/
       images/training/00000.jpg          images/validation/...
@@ -103,7 +103,7 @@ def texture(colour, size, rng):
 
 
 def choose_colour(label, rng):
-    """Mostly a hue of the class, as things have; else any colour, BGR."""
+    """A BGR colour: mostly of the class's hue, as real things have, or any."""
     if rng.random() >= USUAL_COLOUR:
         return rng.uniform(0, 255, 3)
     # OpenCV's hues go to 180. Each class has half of its sixth of the circle.
@@ -190,7 +190,7 @@ def make_split(root, split, num_images, size, seed):
         ],
     )
     for index in range(num_images):
-        # Seeded one by one: more images leave the first ones as they are.
+        # Seeded one by one, so that a larger set begins with the same images.
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
         picture, labels, objects = make_image(size, rng)
         name = f'{index:05d}'

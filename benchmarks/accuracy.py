@@ -6,29 +6,29 @@
     python benchmarks/accuracy.py report work_dirs/accuracy/nuclei.jsonl \\
         --plot work_dirs/accuracy/nuclei.png
 
-Every arm, an upsampler by its name in ``UPSAMPLERS``, trains the small models
-of configs/nuclei or configs/shapes from scratch. All arms of a seed
+Every arm, named after its upsampler in ``UPSAMPLERS``, trains a small model of
+configs/nuclei or configs/shapes from scratch. All arms of a seed
 
-- start from the same weights: the layers that UPerHead or FPN has too are
+- start from the same weights: the layers that UPerHead or FPN also has are
   copied from one reference model, and the upsamplers' own layers come from
   random numbers that the seed alone decides;
 - see the same batches, crops and flips: before each iteration, all random
   numbers are seeded from the seed and the number of the iteration;
-- are judged once, with the weights of the last iteration.
+- are evaluated once, with the weights of the last iteration.
 
 So the difference between two arms of one seed owes little to luck, and the
-report rests on these paired differences. It stops where two lines of a pair
+report rests on these paired differences. It stops if the two runs of a pair
 were recorded with different starting weights or batches.
 
-The learning rate is the config's unless ``--lr`` is given, the same for all
-arms; it rises over the first tenth of the iterations and falls as a cosine to
+The learning rate, the same for all arms, is the config's unless ``--lr`` is
+given; it rises over the first tenth of the iterations and falls as a cosine to
 zero. Seed 999 served to choose it and must not be reported: on nuclei after
 300 iterations, with lr 0.002, the config's, and 0.001, bilinear has 89.1 and
-88.5 mIoU, carafe 88.1 and 88.6. That is no reason to leave the config's.
-Boundary IoU is that of bands of 2 pixels. COCO's scores come rounded to 0.1.
+88.5 mIoU, carafe 88.1 and 88.6. That is no reason to change the config's.
+Boundary IoU uses bands of 2 pixels. COCO's scores are rounded to 0.1.
 
-Runs are on the CPU with one thread each, ``--jobs`` at a time, so that two of
-one arm and seed are equal to the bit. Each finished run appends a line to
+Each run uses one CPU thread, so that two runs of one arm and seed are equal to
+the bit; ``--jobs`` run at a time. Each finished run appends a line to
 ``--out``; the next call with the same arguments skips what is there. An
 interrupted call loses only the runs under way.
 """
@@ -75,11 +75,11 @@ UPSAMPLERS = {
     'carafe-border': dict(CARAFE, border='renormalize'),
     'carafe-start': dict(CARAFE, init='bilinear'),
     'carafe-both': BOTH,
-    # the content encoder of the paper's rule, K - 2
+    # the content encoder's kernel size by the paper's rule, K - 2
     'carafe-both-k7': dict(BOTH, up_kernel=7, encoder_kernel=5),
 }
-# The baseline is the host's own class: UPerHead, FPN. It is the reference for
-# the starting weights too.
+# The baseline is the host's own class, UPerHead or FPN. The starting weights
+# come from it too.
 TASKS = {
     'seg': dict(
         config='upernet-carafe_r18',
@@ -163,8 +163,8 @@ class Pairing(Hook):
         self.batches = self._hash.hexdigest()
 
     def after_train_iter(self, runner, *args, **kwargs):
-        # The detectors draw random samples, as many as their guesses decide,
-        # and the next batch is loaded after this.
+        # Detectors draw as many random numbers as their predictions require;
+        # the next batch is loaded after this.
         self._seed_iteration(runner.iter + 1)
 
     def _seed_iteration(self, number):
@@ -173,10 +173,10 @@ class Pairing(Hook):
 
 
 def copy_weights(reference, model):
-    """Give the model each weight and statistic of the reference.
+    """Copy each weight and statistic of the reference into the model.
 
     Returns:
-        str: hash of what was copied, as the model has it then.
+        str: hash of what was copied, read back from the model.
 
     Raises:
         RuntimeError: the model lacks one, or has it in another shape.
@@ -230,7 +230,7 @@ def configure(args, arm, seed=0, work_dir='work_dirs'):
             del neck.upsample_cfg
 
     cfg.work_dir = str(work_dir)
-    # mmengine keeps what has the same name in one process
+    # mmengine reuses what has the same name in one process
     cfg.experiment_name = f'{arm}_{seed}_{time.time_ns()}'
     cfg.visualizer.name = cfg.experiment_name
     cfg.launcher = 'none'
@@ -279,7 +279,7 @@ def configure(args, arm, seed=0, work_dir='work_dirs'):
 
 
 def train(args, arm, seed):
-    """Train and test one arm with one seed; gives the line to record."""
+    """Train and test one arm with one seed; return the line to record."""
     torch.set_num_threads(1)
     began = time.monotonic()
     machine = environment(torch.device('cpu'))
@@ -296,7 +296,7 @@ def train(args, arm, seed):
     unit = 100 if args.task == 'det' else 1
     metrics = {}
     for key, name in TASKS[args.task]['metrics'].items():
-        # COCO says -1 where there is nothing to find
+        # COCO's score is -1 where there is nothing to find
         known = math.isfinite(scores[key]) and scores[key] >= 0
         metrics[name] = round(unit * scores[key], 4) if known else None
     packages = ('numpy', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation')
@@ -329,7 +329,7 @@ def key_of(record, names=SAME_RUN):
 
 
 def parse_lines(content, path):
-    """The records, and how many bytes a torn last line has."""
+    """The records, and the number of bytes of a torn last line."""
     *lines, torn = content.split(b'\n')
     records = []
     for number, line in enumerate(lines, 1):
@@ -354,7 +354,7 @@ def read_records(path):
 
 
 def append(record, path):
-    """Write a whole line, once, after what other processes have written."""
+    """Write a whole line, once, after those of other processes."""
     line = json.dumps(record, allow_nan=False).encode() + b'\n'
     with open(path, 'a+b', buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -371,7 +371,7 @@ def append(record, path):
 
 
 def command(args, arm, seed):
-    """What trains one arm with one seed in a process of its own."""
+    """The command that trains one arm with one seed in its own process."""
     return [
         *(sys.executable, __file__, '--data', args.data, '--task', args.task),
         *('--data-root', str(args.data_root), '--out', str(args.out)),
@@ -386,8 +386,8 @@ def run_here(args, todo):
 
 
 def run_processes(args, todo):
-    """Run all, ``args.jobs`` at a time; gives the names of those that fail."""
-    # An exception in the middle of Popen would leave a process behind.
+    """Run all, ``args.jobs`` at a time; return the names of failed runs."""
+    # Not an exception: inside Popen it would leave a process behind.
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
@@ -464,7 +464,7 @@ def format_score(value):
 
 
 def check(args):
-    """Find what the user can mend before anything is written."""
+    """Find the user's mistakes before anything is written."""
     for name, values in (('arms', args.arms), ('seeds', args.seeds)):
         twice = {x for x in values if values.count(x) > 1}
         if twice:
@@ -533,7 +533,7 @@ def parse(argv):
 
 
 def run(args):
-    warnings.simplefilter('ignore')  # what the host projects deprecate
+    warnings.simplefilter('ignore')  # the host projects' deprecations
     check(args)
     done = set(map(key_of, read_records(args.out)))
     # A seed's arms follow each other, so that its pairs are soon complete.

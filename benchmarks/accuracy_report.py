@@ -10,7 +10,7 @@ SAME_TABLE = ('data', 'task', 'iters', 'lr')
 
 
 def summarize(records, baselines):
-    """Scores of each arm, and its paired differences to the baseline.
+    """Scores of each arm, and its paired differences from the baseline.
 
     Args:
         records (list[dict]): lines of accuracy.py.
@@ -19,13 +19,13 @@ def summarize(records, baselines):
     Returns:
         list[dict]: one for each ``SAME_TABLE``, with ``arms``, a dict of
         dicts: arm -> metric -> ``n``, ``mean``, ``sd`` and ``difference``.
-        That is None without a common seed, or else has ``seeds``, a dict of
-        the differences, their ``mean`` and the ``half_width`` of the
-        interval around it, None where one seed is all there is.
+        The last is None without a common seed; otherwise it has ``seeds``, a
+        dict of the differences, their ``mean`` and the ``half_width`` of the
+        interval around it, which is None if there is only one seed.
 
     Raises:
-        ValueError: two records are of the same run, or the two of a pair did
-            not start from the same weights or saw other batches.
+        ValueError: two records are of the same run, or the two of a pair
+            started from different weights or saw different batches.
     """
     tables = {}
     for record in records:
@@ -75,12 +75,12 @@ def _check_pair(one, other):
         if one[key] != other[key]:
             raise ValueError(
                 f'{_name(one)}: {key} {one[key][:10]}, expected '
-                f"{other['arm']}'s, {other[key][:10]}: they are no pair"
+                f"{other['arm']}'s, {other[key][:10]}: they are not a pair"
             )
 
 
 def _scores(runs, metric):
-    """Score of each seed, without those where there was none."""
+    """Score of each seed that has one."""
     scores = {seed: record['metrics'][metric] for seed, record in runs.items()}
     return {seed: x for seed, x in scores.items() if x is not None}
 
@@ -152,7 +152,7 @@ def table(groups):
         dirty = ', with uncommitted changes' * group['uncommitted_changes']
         lines += [
             '',
-            'Mean ± standard deviation over the seeds. Δ: difference to '
+            'Mean ± standard deviation over the seeds. Δ: difference from '
             f'{group["baseline"]} with the same seed, start and batches, '
             f"mean ± half of the {CONFIDENCE:.0%} interval (Student's t over "
             'the pairs).',
@@ -175,7 +175,7 @@ def _plus_minus(mean, spread, sign=''):
 
 
 def plot(groups, path):
-    """Each seed's difference as a point, and the mean with its interval."""
+    """Draw each seed's difference as a dot, and the mean with its interval."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -188,13 +188,15 @@ def plot(groups, path):
         if arms
     ]
     if not groups:
-        raise ValueError('nothing to draw: no arm shares a seed with a base')
+        raise ValueError(
+            'nothing to draw: no arm shares a seed with its baseline'
+        )
     columns = max(len(next(iter(arms.values()))) for _, arms in groups)
     heights = [len(arms) + 1.5 for _, arms in groups]
     figure, axes = plt.subplots(
         len(groups),
         columns,
-        # Equal scales for one metric, where the rows have the same.
+        # Equal scales for a metric, if all rows have the same ones.
         sharex='col' if len({g['task'] for g, _ in groups}) == 1 else False,
         figsize=(8.3, 0.6 + 0.33 * sum(heights)),
         height_ratios=heights,

@@ -2,24 +2,24 @@
 
     python benchmarks/bench_op.py --out work_dirs/bench_op
 
-The operator's tests run first; when they fail, nothing is measured. Then every
+The operator's tests run first; if they fail, nothing is measured. Then every
 method upsamples the same feature map, forward, and forward plus backward.
 Writes ``results.json`` (with machine, versions and commit), ``table.md`` and
 ``plot.png`` to the folder given.
 
 The methods take turns, so that a disturbance of the machine hits all of them;
-medians are reported. CARAFE starts from logits, whose prediction is not
-timed, in all three of its forms: the kernel, the PyTorch path
-(``mmcarafe.ops.reference``), and the usual formulation in PyTorch, which
-unfolds the features. The learned methods, deconvolution and pixel shuffle,
-include their convolution.
+medians are reported. CARAFE starts from logits, whose prediction is not timed,
+in all three of its forms: the operator (the compiled library or Triton), the
+PyTorch path (``mmcarafe.ops.reference``), and the usual formulation in
+PyTorch, which unfolds the features. The other learned methods include all of
+their convolutions.
 
-On a GPU (``--device cuda``) there are more to compare with; see
-gpu_baselines.py. mmcv's own operator is measured where mmcv is installed with
-its CUDA operators, or with ``--mmcv-src``, the folder of an unpacked release.
+On a GPU (``--device cuda``) there are more methods to compare with; see
+gpu_baselines.py. mmcv's own operator is measured if mmcv is installed with its
+CUDA operators, or with ``--mmcv-src``, the folder of an unpacked release.
 A method that fails is reported as failed, and the others are measured.
-Small maps stay in the GPU's cache from one run to the next, also for the copy
-that the others are compared with there.
+Small maps stay in the GPU's cache from one run to the next; so does the copy
+that the methods are compared with there.
 """
 
 import argparse
@@ -75,7 +75,7 @@ GPU_SHAPES = {
 
 
 def unfold_matmul(features, logits):
-    """The usual CARAFE in PyTorch: every window is copied out, and weighed."""
+    """The usual CARAFE in PyTorch: every window is copied, then weighted."""
     n, c, h, w = features.shape
     k2 = KERNEL_SIZE**2
     windows = F.unfold(features, KERNEL_SIZE, padding=KERNEL_SIZE // 2)
@@ -92,9 +92,9 @@ def carafe(features, logits):
 
 
 def modules(features):
-    """What is compared with the operator: whole modules, in every parameter.
+    """Whole modules to compare, with gradients for every parameter.
 
-    CARAFE and its relatives start from logits in :func:`methods`.
+    CARAFE and its variants start from logits, in :func:`methods`.
     """
     for name, cfg in COMPARED.items():
         module = build_upsampler(cfg, features.shape[1])
@@ -169,7 +169,7 @@ def seconds(run, device, repeats=1):
 
 
 def peak_memory(run, device):
-    """Bytes that torch holds at once, on top of the inputs."""
+    """Most bytes that torch holds at once, on top of the inputs."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -188,7 +188,7 @@ def peak_memory(run, device):
 
 
 def kept_memory(function, tensors):
-    """Bytes that the backward pass finds in memory, inputs included."""
+    """Bytes kept in memory for the backward pass, inputs included."""
     kept = {}
 
     def pack(tensor):
@@ -197,7 +197,7 @@ def kept_memory(function, tensors):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = function(*tensors)  # which keeps them, and so the pointers apart
+        out = function(*tensors)  # keeps them, so pointers stay distinct
     del out
     return sum(kept.values())
 
@@ -205,11 +205,11 @@ def kept_memory(function, tensors):
 def measure(shape, dtype, device, memory_format, budget, mmcv=None):
     """Median seconds, peak and kept bytes of every method in every pass.
 
-    A method that fails has an error in place of these.
+    A method that fails has an error instead.
     """
     features = torch.randn(*shape, dtype=dtype, device=device)
     features = features.contiguous(memory_format=memory_format)
-    torch._dynamo.reset()  # it compiles a function for so many shapes only
+    torch._dynamo.reset()  # it recompiles a function only so often
     results = []
     for pass_name, run_pass in PASSES.items():
         runs, kept = {}, {}
@@ -234,7 +234,7 @@ def measure(shape, dtype, device, memory_format, budget, mmcv=None):
                 features, KERNEL_SIZE, pass_name != 'forward'
             )
             runs[COPY]()
-        # Many calls on a GPU, so that it, not their launch, is timed.
+        # Many calls on a GPU, so that its work, not the launch, is timed.
         repeats = {
             name: min(20, 1 + int(0.01 / seconds(run, device)))
             if device.type == 'cuda'
@@ -265,7 +265,7 @@ def measure(shape, dtype, device, memory_format, budget, mmcv=None):
 
 
 def environment(device):
-    """What was measured, on what, and with which versions."""
+    """What was measured, where, and with which versions."""
 
     def git(*arguments):
         try:
@@ -346,15 +346,15 @@ def table(report):
 def colours(names):
     """A hue for each kind of method, paler from one variant to the next.
 
-    The kind is what stands before the comma: 'CARAFE, bf16' is a variant of
-    CARAFE. Those of a kind follow each other.
+    The kind is the text before the comma: 'CARAFE, bf16' is a variant of
+    CARAFE. Variants of a kind come in order.
     """
     kinds = {'CARAFE': []}
     for name in names:
         kinds.setdefault(name.split(',')[0], []).append(name)
     found = {}
     for i, variants in enumerate(kinds.values()):
-        hue = 0.07 + i / len(kinds)  # from orange, which is CARAFE's, around
+        hue = 0.07 + i / len(kinds)  # CARAFE gets orange
         for j, name in enumerate(variants):
             saturation = 0.85 - 0.7 * j / len(variants)
             found[name] = colorsys.hsv_to_rgb(hue % 1, saturation, 0.85)
@@ -448,7 +448,8 @@ def main():
     parser.add_argument(
         '--tests-passed',
         action='store_true',
-        help='on this machine and commit, just before; the report says so',
+        help='skip the tests: they passed just before, on this machine and '
+        'commit; the report says so',
     )
     args = parser.parse_args()
     if args.threads:

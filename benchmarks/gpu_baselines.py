@@ -1,4 +1,4 @@
-"""What the GPU kernels are measured against, beside PyTorch's upsamplers.
+"""What the Triton kernels are compared with, besides PyTorch's upsamplers.
 
 None of this has been run on a GPU yet.
 """
@@ -16,7 +16,7 @@ from mmcarafe.ops import carafe_from_logits
 
 
 def copy_floor(features, kernel_size, backward, scale_factor=2):
-    """A copy of as many bytes as CARAFE cannot avoid to move.
+    """A copy of as many bytes as CARAFE cannot avoid moving.
 
     Each input is read once and each output written once: forward, features,
     logits and output; backward, the output's gradient, and features and logits
@@ -40,8 +40,8 @@ def copy_floor(features, kernel_size, backward, scale_factor=2):
 def shifts(features, logits, kernel_size):
     """CARAFE as a sum of shifted features, which torch.compile fuses.
 
-    It cannot compile the reference: that adds in place, to a slice for each
-    tap and each few channels, which inductor takes more than ten minutes for.
+    The reference will not do: it adds in place, to a slice for each tap and
+    each few channels, which takes inductor more than ten minutes to compile.
     """
     n, c, h, w = features.shape
     weights = logits.view(n, 1, kernel_size**2, 2, 2, h, w).float().softmax(2)
@@ -57,7 +57,7 @@ def shifts(features, logits, kernel_size):
 
 def methods(features, logits, kernel_size, mmcv):
     """What bench_op.py compares on a GPU only: name -> (function, inputs)."""
-    # One shape at a time, as fast as it gets.
+    # Compiled for one shape at a time, the fastest way.
     compiled = torch.compile(shifts, dynamic=False)
     found = {
         'CARAFE, compiled shifts': (
@@ -66,7 +66,7 @@ def methods(features, logits, kernel_size, mmcv):
         ),
         **modules(features, kernel_size, mmcv),
     }
-    # mmcv's reads neither bf16 nor channels_last.
+    # mmcv's takes neither bf16 nor channels_last.
     if mmcv and features.dtype != torch.bfloat16 and features.is_contiguous():
         found["CARAFE, mmcv's"] = (
             lambda x, y: mmcv(x, normalize(y), kernel_size, 1, 2),
@@ -82,7 +82,7 @@ def normalize(logits):
 
 
 class Module(torch.nn.Module):
-    """``mmcarafe.CARAFE`` without mmengine, around any reassembly."""
+    """``mmcarafe.CARAFE`` with a choice of the function that reassembles."""
 
     def __init__(self, channels, kernel_size, reassemble):
         super().__init__()
@@ -97,7 +97,7 @@ class Module(torch.nn.Module):
 def modules(features, kernel_size, mmcv):
     """The whole module, convolutions included, and its parameters' gradients.
 
-    In the layout that suits each: channels_last for ours, NCHW for mmcv's.
+    Each in the layout that suits it: channels_last for ours, NCHW for mmcv's.
     """
 
     def ours(x, logits):
@@ -172,7 +172,7 @@ def mmcv_carafe(source):
     files of CARAFE are compiled; nvcc is needed.
 
     Returns:
-        Callable: features, ready masks, kernel_size, group_size, scale_factor.
+        Callable: features, masks, kernel_size, group_size, scale_factor.
     """
     from torch.utils.cpp_extension import CUDA_HOME, load_inline
 
@@ -181,11 +181,11 @@ def mmcv_carafe(source):
         root / part for part in ('pytorch/cuda', 'common', 'common/cuda')
     ]
     if not Path(f'{CUDA_HOME}/include/cusparse.h').exists():
-        # A compiler alone; pip has brought the libraries' headers with torch.
+        # Only a compiler; the libraries' headers came with torch, by pip.
         nvidia = importlib.util.find_spec('nvidia')
         for folder in nvidia.submodule_search_locations if nvidia else ():
             include += Path(folder).glob('*/include')
-    # Past mmcv's registry of devices, which other files of it would fill.
+    # Bypasses mmcv's registry of devices, which other files would fill.
     names = [
         f'CARAFE{direction}CUDAKernelLauncher'
         for direction in ('Forward', 'Backward')
@@ -207,7 +207,7 @@ def mmcv_carafe(source):
     launch_forward, launch_backward = (getattr(extension, n) for n in names)
 
     class Function(torch.autograd.Function):
-        """Allocates, fills and keeps what mmcv/ops/carafe.py does."""
+        """Allocates, fills and keeps the same as mmcv/ops/carafe.py."""
 
         @staticmethod
         def forward(ctx, features, masks, *sizes):

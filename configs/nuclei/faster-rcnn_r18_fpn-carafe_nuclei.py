@@ -3,7 +3,7 @@
 _base_ = '../shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
 
 model = dict(
-    # Half of the nuclei are under 17 pixels: 2 * stride, 8 to 128 pixels.
+    # Half of the nuclei are under 17 pixels. 2 * strides = 8 to 128 pixels.
     rpn_head=dict(anchor_generator=dict(scales=[2])),
     roi_head=dict(bbox_head=dict(num_classes=1)),
     # An image holds up to 151 nuclei.
@@ -49,7 +49,7 @@ val_dataloader = dict(
         data_prefix=dict(img='images/val/'),
         pipeline=[
             dict(type='LoadImageFromFile'),
-            # mmdet's heads ask for the scale factor that only Resize notes.
+            # mmdet's heads need scale_factor, which only Resize records.
             dict(type='Resize', scale_factor=1.0),
             dict(type='LoadAnnotations', with_bbox=True),
             dict(

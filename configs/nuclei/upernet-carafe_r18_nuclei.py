@@ -1,4 +1,4 @@
-# Nuclei in microscopy images, as a semantic map each. The folder, here
+# Nuclei in microscopy images, as semantic maps. The folder, here
 # data/nuclei, holds images/{train,val}/*.png and semantic/{train,val}/*.png
 # (0 background, 1 nucleus).
 _base_ = '../shapes/upernet-carafe_r18_shapes.py'

@@ -32,15 +32,15 @@ model = dict(
     roi_head=dict(
         bbox_roi_extractor=dict(
             out_channels=channels,
-            # As many samples for large boxes as for small ones: RoIAlign was
-            # half of the time of an iteration.
+            # As many samples for large boxes as for small ones: otherwise
+            # RoIAlign takes half of each iteration's time.
             roi_layer=dict(sampling_ratio=2),
         ),
         bbox_head=dict(
             in_channels=channels, fc_out_channels=256, num_classes=6
         ),
     ),
-    # About 8 objects an image: fewer proposals and samples than for COCO do.
+    # About 8 objects per image need fewer proposals and samples than COCO.
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
         rpn_proposal=dict(nms_pre=200, max_per_img=100),
@@ -53,7 +53,7 @@ dataset = dict(data_root='data/shapes/', metainfo=_base_.shapes)
 scale = (160, 160)  # half of the 320 * 320 pixels in the files
 train_dataloader = dict(
     batch_size=4,
-    # a process that loads would take one of two cores from the training
+    # a loading process would take one of two cores from the training
     num_workers=0,
     persistent_workers=False,
     dataset=dict(

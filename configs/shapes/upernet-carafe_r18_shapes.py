@@ -1,18 +1,18 @@
 # A real UPerNet, small enough to train on two CPU cores in a few minutes. The
 # data: python tools/dataset_converters/shapes.py data/shapes
-# The backbone is that of faster-rcnn_r18_fpn-carafe_shapes.py; a checkpoint of
-# that may be the start: --cfg-options load_from=CHECKPOINT
+# The backbone is that of faster-rcnn_r18_fpn-carafe_shapes.py; to start from a
+# checkpoint of that: --cfg-options load_from=CHECKPOINT
 _base_ = [
     'mmseg::upernet/upernet_r18_4xb4-80k_ade20k-512x512.py',
     '../_base_/datasets/shapes.py',
 ]
 
 channels = 64
-scale = (128, 128)  # of the 320 * 320 pixels in the files
+scale = (128, 128)  # from 320 * 320 pixels in the files
 model = dict(
     data_preprocessor=dict(size=scale),
     pretrained=None,
-    # Half of ResNet-18's widths: a third of the time of an iteration.
+    # Half of ResNet-18's widths: iterations take a third of the time.
     backbone=dict(type='ResNet', base_channels=32, stem_channels=32),
     decode_head=dict(
         type='mmcarafe.CARAFEUPerHead',
@@ -20,7 +20,7 @@ model = dict(
         channels=channels,
         num_classes=7,
         dropout_ratio=0,
-        # PPM pools to one pixel, of which a batch of 4 has no statistics.
+        # PPM pools to one pixel: a batch of 4 is too few for BN's statistics.
         norm_cfg=dict(type='GN', num_groups=8),
         # Four pixels of five are background, and most of them are easy.
         sampler=dict(type='OHEMPixelSampler', thresh=0.7, min_kept=2000),
@@ -41,7 +41,7 @@ dataset = dict(
 )
 train_dataloader = dict(
     batch_size=4,
-    # a process that loads would take one of two cores from the training
+    # a loading process would take one of two cores from the training
     num_workers=0,
     persistent_workers=False,
     dataset=dict(

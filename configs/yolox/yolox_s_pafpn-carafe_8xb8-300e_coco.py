@@ -4,7 +4,7 @@ model = dict(
     neck=dict(
         type='mmcarafe.swap_upsample',
         of='YOLOXPAFPN',
-        # YOLOX has an upsample_cfg too, which says how to interpolate.
+        # YOLOX's neck has an upsample_cfg too, which says how to interpolate.
         upsample_cfg=dict(_delete_=True, type='mmcarafe.CARAFE'),
     )
 )

@@ -11,8 +11,8 @@ VENV := $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
 EXTRA := $(if $(filter onedl,$(STACK)),onedl,mm)
 MMCV := $(if $(filter onedl,$(STACK)),onedl-mmcv,mmcv)
 
-# What pip is told to install as torch. A build for another machine is chosen
-# with TORCH='torch==VERSION+BUILD --index-url URL' and stays chosen.
+# What pip installs as torch. Choose a build for another machine once, with
+# TORCH='torch==VERSION+BUILD --index-url URL'; later calls keep it.
 CHOSEN := $(or $(shell cat $(VENV)/torch 2>/dev/null),torch==2.13.0)
 TORCH ?= $(CHOSEN)
 
@@ -51,9 +51,9 @@ lint: $(READY)  ## Check style and format of Python and C++.
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror mmcarafe/ops/cpu.cpp
 
-# The CPU kernel's tests under AddressSanitizer and UBSan. `pytest` rather than
-# `python -m pytest`, which would find the libraries of this checkout first.
-sanitize: $(READY)  ## Run the CPU kernel's tests under AddressSanitizer.
+# The CPU library's tests under AddressSanitizer and UBSan. `pytest`, because
+# `python -m pytest` would find the libraries of this checkout first.
+sanitize: $(READY)  ## Run the CPU library's tests under AddressSanitizer.
 	CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined' \
 		$(BIN)/python setup.py -q build --build-base build/sanitize \
 		--build-lib build/sanitize/lib
@@ -88,7 +88,7 @@ $(READY): setup.cfg setup.py mmcarafe/ops/cpu.cpp Makefile
 		$(INSTALL_ALL) --no-cache-dir && $(MMCV_RUNS); }
 	@touch $@
 
-# One sentence about all that is missing, before anything is downloaded.
+# Names all that is missing in one sentence, before anything is downloaded.
 define CHECK_MACHINE
 need() { "$$@" >/dev/null 2>&1 || missing="$$missing $$package"; }; \
 package='python3 python3-venv python3-dev'; need $(PYTHON) -c ''; \
@@ -113,12 +113,12 @@ $(PYTHON) -c 'import sys; \
 endef
 
 # mmcv comes as source only. Debug symbols, which Python's own compiler flags
-# ask for, would be 40 % of the time.
+# ask for, would take 40 % of the time.
 INSTALL_ALL = CFLAGS=-g0 CXXFLAGS=-g0 MMCV_WITH_OPS=1 \
 	$(PIP) install --no-build-isolation -e '.[$(EXTRA),test]'
 
-# pip keeps the mmcv that it has built, but does not know for which torch: what
-# it takes from its cache may not fit this one, or lack CUDA.
+# pip caches the mmcv that it built, but does not know for which torch: the
+# cached one may not fit this torch, or may lack CUDA.
 define MMCV_RUNS
 $(BIN)/python -c 'import torch; from mmcv.ops import nms; \
 	x = torch.rand(4, 4).to("cuda" if torch.cuda.is_available() else "cpu"); \

@@ -1,4 +1,4 @@
-"""What setup.cfg cannot say: the CPU kernel, once per vector width."""
+"""What setup.cfg cannot say: the CPU library, once per vector width."""
 
 import platform
 

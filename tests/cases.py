@@ -1,4 +1,4 @@
-"""Shapes with a reason, and their inputs, for the tests of every kernel."""
+"""Shapes with a reason, and their inputs, to test every implementation."""
 
 from typing import NamedTuple
 

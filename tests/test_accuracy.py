@@ -1,4 +1,4 @@
-"""The accuracy benchmark: its pairs are pairs, and no line is lost or doubled.
+"""The accuracy benchmark: true pairs, and no line lost or written twice.
 
 Two iterations on a few drawn images, in the layout of configs/nuclei.
 """
@@ -23,7 +23,7 @@ from mmcarafe import CARAFE
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
-# What mmseg, mmdet and mmengine say when a model is built and run
+# Warnings of mmseg, mmdet and mmengine when a model is built and run
 pytestmark = [
     pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated'),
     pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False'),

@@ -1,4 +1,4 @@
-"""What the benchmark compares computes the same, also what only GPUs run."""
+"""All methods that the benchmark compares agree, also those for GPUs only."""
 
 import colorsys
 import json
@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from mmcarafe.ops import carafe
 
-# what torch 2.1 says of every second function that is compiled
+# torch 2.1 warns so of every second function that it compiles
 pytestmark = pytest.mark.filterwarnings('ignore:changing options to `torch.c')
 
 
@@ -110,7 +110,7 @@ def test_report(bench_op, tmp_path, monkeypatch):
     for result in results:
         assert result['seconds'] > 0, result
         assert result['peak_bytes'] > 0
-        if result['pass'] == 'forward':  # which keeps nothing
+        if result['pass'] == 'forward':  # it keeps nothing
             assert result['kept_bytes'] is None
         else:
             assert result['kept_bytes'] >= 0

@@ -93,7 +93,7 @@ def test_equals_the_plain_formulation(shape, ignore, width):
         truth, guess = blobs(rng, shape, 2), blobs(rng, shape, 3)
         guess = np.where(rng.random(shape) < 0.7, truth, guess)
         if ignore:
-            # An area and single pixels; predictions there are anything.
+            # An area and single pixels, where any prediction may stand.
             truth = np.where(rng.random(shape) < 0.1, IGNORED, truth)
             truth[: shape[0] // 3, : shape[1] // 2] = IGNORED
         pairs.append((truth, guess))
@@ -133,8 +133,8 @@ def test_what_is_predicted_in_ignored_pixels_does_not_matter(guess):
     scores = score([(truth, right)], width=1)
     assert scores['boundary/IoU_0'] == scores['boundary/IoU_1'] == 100
     assert math.isnan(scores['boundary/IoU_2'])
-    # The pixel beside the ignored ones is in no band: a wrong one there
-    # adds only itself and what sees it.
+    # The pixel beside the ignored ones is in no band: a wrong prediction there
+    # adds only itself and the pixels that see it.
     alone = np.zeros((9, 9), int)
     alone[3, 3] = IGNORED
     metric = BoundaryIoUMetric(width=1)

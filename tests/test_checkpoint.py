@@ -136,7 +136,7 @@ class Call:
 
 def dumps(value):
     buffer = io.BytesIO()
-    # the format before zip files: what it pickles lies open
+    # the format before zip files, in which the pickle is plain
     torch.save(value, buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()
 
@@ -159,7 +159,7 @@ def write(path, data):
     ids=['system', 'eval', 'getattr-history', 'getattr-int', 'np.load'],
 )
 def test_calls_are_refused(path, monkeypatch, function, args, name, zipped):
-    # What the user or mmengine says to torch must not matter.
+    # What the user or mmengine tells torch must not matter.
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     torch.save(
         {'state_dict': Call(function, *args)},
@@ -190,7 +190,7 @@ def test_nothing_is_called_before_the_refusal(path, tmp_path):
 def test_state_of_a_class_is_refused(path, monkeypatch):
     """A pickle may also set attributes: of data, but not of classes."""
     method = Counter.most_common
-    monkeypatch.setattr(Counter, 'most_common', method)  # to have it back
+    monkeypatch.setattr(Counter, 'most_common', method)  # restored afterwards
     harmless, data = pickle.dumps('here', 2), dumps('here')
     assert harmless in data
     # PROTO; the class; its state (None, {'most_common': 'here'}); BUILD; STOP

@@ -36,7 +36,7 @@ def detection_batch(cfg):
         with_mask='mask_head' in cfg.model.get('roi_head', {}),
     )
     for sample in batch['data_samples']:
-        sample.gt_instances.labels.zero_()  # the one class that all have
+        sample.gt_instances.labels.zero_()  # the class that all models have
     return batch
 
 
@@ -78,11 +78,11 @@ def test_nothing_is_installed_for_mmsegs_configs(monkeypatch):
     assert get_config(name).default_scope == 'mmseg'
 
 
-# mmseg's, whenever one of its heads is built
+# mmseg's warning, whenever one of its heads is built
 @pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated')
 @pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False')
 @pytest.mark.filterwarnings('ignore:For binary segmentation, we suggest')
-# mmdet's, in YOLOX's loss, and that of onedl-mmdetection
+# mmdet's in YOLOX's loss, and that of onedl-mmdetection
 @pytest.mark.filterwarnings('ignore:torch.meshgrid. in an upcoming release')
 @pytest.mark.filterwarnings('ignore:`torch.cuda.amp.autocast.args...:')
 @pytest.mark.parametrize('path', CONFIGS)

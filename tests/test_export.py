@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and ONNX, for sizes unknown beforehand."""
+"""torch.compile, torch.export and ONNX, with dynamic sizes."""
 
 import importlib.util
 import subprocess
@@ -16,8 +16,8 @@ from mmcarafe import CARAFE
 from mmcarafe.ops import carafe, export
 
 UPERNET = 'configs/shapes/upernet-carafe_r18_shapes.py'
-# N, H, W. torch.export takes sizes of 1 for constants, so that the smallest
-# level, which is halved once more, may not have fewer than 3 rows.
+# N, H, W. torch.export takes sizes of 1 for constants, so the smallest level,
+# which is halved once more, needs at least 3 rows.
 SIZES = [(2, 97, 131), (1, 128, 192), (3, 65, 250)]
 SMALLER = (1, 33, 64)
 
@@ -74,7 +74,7 @@ def module(**kwargs):
     return CARAFE(**{**defaults, **kwargs}), 8
 
 
-# The new ONNX exporter takes time for each tap of each upsampler.
+# The new ONNX exporter is slow: it takes time for each upsampler's taps.
 SMALL = dict(type='mmcarafe.CARAFE', up_kernel=3, compressed_channels=8)
 
 
@@ -140,7 +140,7 @@ MODELS_OF = {
     'head': head,
 }
 for_each_model = pytest.mark.parametrize('name', MODELS_OF)
-# mmseg's, whenever one of its heads is built
+# mmseg's warning, whenever one of its heads is built
 pytestmark = [
     pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated'),
     pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False'),
@@ -148,7 +148,7 @@ pytestmark = [
 
 
 def build(name, smaller=True):
-    """A model whose kernels differ from pixel to pixel, and its inputs."""
+    """A model whose weights differ from pixel to pixel, and its inputs."""
     model, channels = MODELS_OF[name]()
     for parameter_name, parameter in model.named_parameters():
         if 'content_encoder.weight' in parameter_name:
@@ -165,7 +165,7 @@ def dynamic():
 
 @for_each_model
 def test_compiles_without_a_graph_break(name):
-    torch._dynamo.reset()  # its limit of recompilations is of the function
+    torch._dynamo.reset()  # its limit of recompilations is per function
     model, images = build(name)
     compiled = torch.compile(
         model, fullgraph=True, dynamic=True, backend='eager'

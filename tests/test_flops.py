@@ -1,4 +1,4 @@
-"""The counters of operations, and the README's tables made with them."""
+"""The FLOP counters, and the README's tables made with them."""
 
 import importlib.util
 import subprocess
@@ -18,8 +18,8 @@ from mmcarafe import CARAFE
 CARAFE_FPN = 'configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
 CARAFE_UPERNET = 'configs/shapes/upernet-carafe_r18_shapes.py'
 
-# 2(C+1)C_m + 2(9 C_m + 1)S²K² + 2 S²K² C for a source pixel, of which the 1s
-# are biases, which the counters leave out
+# 2(C+1)C_m + 2(9 C_m + 1)S²K² + 2 S²K² C per source pixel; the 1s are biases,
+# which the counters leave out
 C, C_M, TAPS = 256, 64, 2**2 * 5**2
 CONVOLUTIONS = 2 * C * C_M + 2 * 9 * C_M * TAPS
 REASSEMBLY = 2 * TAPS * C

@@ -137,7 +137,7 @@ def test_expanded_gradient(library):
 @pytest.mark.parametrize('value', [torch.inf, -torch.inf, torch.nan], ids=str)
 def test_non_finite_logits_behave_as_in_the_reference(library, options, value):
     features, weights, grad = inputs(Case(1, 3, 7, 19))
-    for tap in (0, 12, 24):  # of which the first and last leave the map
+    for tap in (0, 12, 24):  # the first and the last leave the map
         for place in ((0, 0), (3, 8), (6, 18)):
             weights[(0, 0, tap, 0, 1, *place)] = value
     weights[0, 0, :, 1, 1, 3, 12] = value

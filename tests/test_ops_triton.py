@@ -1,4 +1,4 @@
-"""The GPU kernels against the reference in fp64.
+"""The Triton kernels against the reference in fp64.
 
 The same cases run on a GPU (marker ``gpu``) and, where there is none, in
 Triton's interpreter: in a process of its own, because Triton has to know

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import OFFLINE, PIP, ROOT, run
 
-# An environment of torch and mmengine only: nobody finds the other packages.
+# Simulates an environment of torch and mmengine only.
 WITHOUT_HOSTS = """
 from importlib.machinery import PathFinder
 
@@ -104,7 +104,7 @@ def test_archive_holds_no_links_and_no_leftovers(sdist, wheel):
         names = archive.getnames()
     with zipfile.ZipFile(wheel) as archive:
         names += archive.namelist()
-    # the CPU kernel, ready for the machines that have no compiler
+    # the CPU library, for machines that have no compiler
     assert [n for n in names if n.startswith('mmcarafe/ops/_cpu_default')]
     assert not [name for name in names if '__pycache__' in name]
     assert any(name.endswith('LICENSE') for name in names)

@@ -22,8 +22,8 @@ from mmseg.apis import (  # noqa: E402
     show_result_pyplot,
 )
 
-# What mmseg and mmdet say about themselves when they build a model or draw
-# without a folder to save in
+# Warnings of mmseg and mmdet when they build a model, or draw without a folder
+# to save in
 pytestmark = [
     pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated'),
     pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False'),

@@ -215,7 +215,7 @@ def test_channels_that_are_not_known():
 @pytest.mark.parametrize(
     'upsample_cfg, kernel_size',
     [
-        # the module's own, as the base config has it
+        # the module's own upsample_cfg, as in the base config
         (dict(scale_factor=2, mode='nearest'), 5),
         (dict(type='mmcarafe.CARAFE', up_kernel=3), 3),
         ('mmcarafe.CARAFE', 5),

@@ -77,7 +77,7 @@ def shapes_options(shapes, *more):
         'train_cfg.max_epochs=1',
         'train_cfg.val_interval=1',
         'default_hooks.logger.interval=1',
-        # what has hardly been trained is sure of nothing
+        # a hardly trained model is sure of nothing
         'model.test_cfg.rcnn.score_thr=0',
         *more,
     ]
@@ -439,7 +439,7 @@ def load_tool(name):
 
 @pytest.fixture
 def error(monkeypatch, tmp_path, capsys):
-    """Run a tool that must refuse what it is given; gives the message."""
+    """Run a tool that must refuse its arguments; return the message."""
 
     def call(tool, *words, work_dir=tmp_path / 'work'):
         words = [str(w) for w in words]
@@ -501,7 +501,7 @@ def test_unreadable_config(error, tmp_path, text, message):
     assert re.match(
         f'config {config}: .*{re.escape(message)}', error('train', config)
     )
-    gc.collect()  # mmengine leaves its copy of such a config open
+    gc.collect()  # mmengine leaves its copy of a broken config open
 
 
 def test_an_import_error_without_a_cause_keeps_its_words(

@@ -1,4 +1,4 @@
-"""What the tools do about checkpoints, and about --cfg-options."""
+"""How the tools treat checkpoints and --cfg-options."""
 # ruff: noqa: F811 (arguments of tests have the names of imported fixtures)
 
 import os

@@ -1,4 +1,4 @@
-"""What the tools refuse of the data, and when they say so."""
+"""Which data the tools refuse, and when they say so."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def data(drawn, tmp_path):
 
 @pytest.fixture
 def refused(monkeypatch, tmp_path, capsys):
-    """Run a tool that must refuse its config at once; gives the message."""
+    """Run a tool that must refuse its config at once; return the message."""
 
     def call(tool, *words):
         work_dir = tmp_path / 'work'
@@ -236,7 +236,7 @@ load_from = 'none.pth'
 """
 
 
-# mmseg's own, when one of its heads is built
+# mmseg's own warning, when one of its heads is built
 @pytest.mark.filterwarnings('ignore::UserWarning:mmseg.models.*')
 @pytest.mark.parametrize(
     ('more', 'message'),
@@ -629,7 +629,7 @@ def test_training_stops_at_an_invalid_loss(data, tmp_path, value):
         f'training stopped at iteration 3: loss is {value}, loss_cls is '
         f'{value}; check the learning rate and the data'
     )
-    # what would be saved after it is of no use
+    # a checkpoint saved after it would be useless
     saved = sorted(path.name for path in (tmp_path / 'work').glob('*.pth'))
     assert saved == ['iter_1.pth', 'iter_2.pth']
 

@@ -9,7 +9,7 @@ from mmseg.registry import MODELS
 
 from mmcarafe.models import CARAFE, CARAFEUPerHead
 
-# mmseg's own, whenever one of its heads is built
+# mmseg's own warning, whenever one of its heads is built
 pytestmark = [
     pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated'),
     pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False'),
@@ -82,7 +82,7 @@ def test_every_combination_trains_at_every_size(combination, size, batch):
             assert parameter.grad.any(), name
 
 
-# mmseg's advice on sizes, which these are not
+# mmseg's advice on sizes, which these do not follow
 @pytest.mark.filterwarnings('ignore:When align_corners=True')
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize('size', [(129, 193), (97, 131)], ids=str)

@@ -213,7 +213,7 @@ def quick(accuracy, recorded, monkeypatch):
 def test_resume_after_a_torn_line(
     left, accuracy, quick, nuclei, tmp_path, capsys
 ):
-    """Finished lines are skipped; of the torn one so many bytes are there."""
+    """Finished lines are skipped; the torn one has this many bytes."""
     out = tmp_path / 'seg.jsonl'
     command = arguments(nuclei, out, 'bilinear carafe', '0 1')
     accuracy.main(command)
@@ -245,7 +245,7 @@ def test_a_line_that_another_process_wrote(accuracy, recorded, tmp_path):
 
 
 def test_a_run_that_fails(accuracy, nuclei, tmp_path, monkeypatch, capsys):
-    """It is reported, and the other one is done all the same."""
+    """It is reported, and the other run still finishes."""
     command = accuracy.command
 
     def fails(args, arm, seed):

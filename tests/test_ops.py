@@ -55,7 +55,7 @@ def masks_from_logits(
 ):
     """What mmcv's CARAFEPack does between its convolution and its operator.
 
-    With border 'renormalize' the taps outside of the map become zero before
+    With border 'renormalize' the taps outside the map become zero before
     the others are divided by their sum.
     """
     masks = F.pixel_shuffle(logits, scale_factor)

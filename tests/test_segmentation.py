@@ -40,7 +40,7 @@ checkpoint.enable()  # for mmseg's own functions, on every torch
 
 
 def execute(*command):
-    """Run one of the tools; gives what it printed."""
+    """Run one of the tools; return what it printed."""
     process = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,

@@ -19,7 +19,7 @@ SMALL = dict(train=3, val=2, size=96, seed=7)
 
 
 def load(path):
-    """Import a script that lies in no package."""
+    """Import a script that is in no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -285,7 +285,7 @@ def test_the_backbone_stays():
     model = swap_upsample(Model(), CARAFE_CFG)
     assert isinstance(model.head[1], CARAFE)
     assert isinstance(model.backbone[0][1], nn.Upsample)
-    with pytest.raises(ValueError, match='replaced, outside of its backbone'):
+    with pytest.raises(ValueError, match='replaced outside its backbone'):
         swap_upsample(nn.ModuleDict(dict(student=model)), CARAFE_CFG)
     swap_upsample(model.backbone, CARAFE_CFG)
     assert isinstance(model.backbone[0][1], CARAFE)

@@ -39,7 +39,7 @@ def environment(**kwargs):
 
 
 def execute(*command, **env):
-    """Run a command as in a terminal; gives what it printed."""
+    """Run a command as in a terminal; return what it printed."""
     process = subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,

@@ -109,7 +109,7 @@ def make_runner(folder, dataset, scope, losses=(), iters=8, **loader):
 
 
 def read(folder, dataset, scope, **kwargs):
-    """Train on a data set that must be refused; gives the message."""
+    """Train on a data set that must be refused; return the message."""
     runner = make_runner(folder, dataset, scope, **kwargs)
     with pytest.raises(SystemExit) as caught:
         with load_tool('_data').guarded(runner, 'train'):

@@ -219,7 +219,7 @@ def main():
     if (cfg.model.get('test_cfg') or {}).get('mode', 'whole') != 'whole':
         _cli.fail(
             'model.test_cfg.mode: expected whole; the windows of slide are '
-            'cut outside of the model'
+            'cut outside the model'
         )
     name = osp.splitext(osp.basename(args.config))[0]
     out = args.out or f'{name}.onnx'

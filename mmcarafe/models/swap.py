@@ -72,7 +72,7 @@ def swap_upsample(model, upsample_cfg=UPSAMPLE_CFG):
         )
         raise ValueError(
             f'{type(model).__name__} holds no upsampling that can be '
-            'replaced, outside of its backbone. Supported are '
+            'replaced outside its backbone. Supported are '
             f'{known} (not their subclasses), and '
             'upsampling layers after a convolution in an nn.Sequential. For '
             'a class that interpolates in its own forward, write a subclass '

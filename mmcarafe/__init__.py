@@ -11,7 +11,7 @@ _NEEDS = {
     'swap_upsample': ('mmengine',),
     'CARAFEFPN': ('mmengine', 'mmdet'),
     'CARAFEPAFPN': ('mmengine', 'mmdet'),
-    # mmseg imports the last two, and does not require them
+    # mmseg imports the last two but does not list them as requirements
     'CARAFEUPerHead': ('mmengine', 'mmseg', 'ftfy', 'regex'),
 }
 

@@ -28,6 +28,8 @@ def __getattr__(name):
             )
         return getattr(importlib.import_module('mmcarafe.models'), name)
     upsamplers = importlib.import_module('mmcarafe.upsamplers')
+    if name == '__all__':  # of `from mmcarafe import *`
+        return [*upsamplers.__all__, *_NEEDS]
     if name not in upsamplers.__all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(upsamplers, name)

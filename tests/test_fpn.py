@@ -134,5 +134,8 @@ def test_bad_input():
     )
     with pytest.raises(ValueError, match=message):
         CARAFEFPN([4, 7, 8, 10], 8, 4)(maps(8, 8))
+    # a level that is not used may be anything, as in FPN
+    unused = CARAFEFPN([99, 6, 8, 10], 8, 3, start_level=1)
+    assert len(unused(maps(8, 8))) == 3
     with pytest.raises(TypeError, match='out_channels is a str, expected an'):
         CARAFEFPN(CHANNELS, '8', 4)

@@ -71,19 +71,19 @@ def threads(one_thread):
 
 
 def inputs(case, dtype=torch.float32, layout=LAYOUTS['contiguous'], masks=0):
-    """Features, weights and the gradient of the output."""
+    """Features, scores and the gradient of the output."""
     if masks:
-        weights = reference.scores_from_masks(
+        scores = reference.scores_from_masks(
             layout(randn(*case.masks_shape, dtype=dtype)), *case.arguments
         )
     else:
-        weights = reference.scores_from_logits(
+        scores = reference.scores_from_logits(
             layout(randn(*case.logits_shape, dtype=dtype)), *case.arguments
         )
     shape = case.n, case.c, case.s * case.h, case.s * case.w
     return (
         layout(randn(*case.features_shape, dtype=dtype)),
-        weights,
+        scores,
         layout(randn(*shape, dtype=dtype)),
     )
 

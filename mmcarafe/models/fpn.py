@@ -32,8 +32,9 @@ class TopDown:
             ValueError: the number of maps, or of the channels of one, is not
                 that of ``in_channels``.
         """
-        check_levels(inputs, self.in_channels)
-        used = inputs[self.start_level : self.backbone_end_level]
+        used = slice(self.start_level, self.backbone_end_level)
+        check_levels(inputs, self.in_channels, used)
+        used = inputs[used]
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, used)]
         for i in range(len(laterals) - 1, 0, -1):
             upsampled = self.upsample_modules[i - 1](laterals[i])
@@ -71,14 +72,15 @@ def build_upsamplers(fpn, upsample_cfg):
     )
 
 
-def check_levels(inputs, in_channels):
-    """Raise unless the maps match ``in_channels`` in number and channels."""
+def check_levels(inputs, in_channels, used=slice(None)):
+    """Raise unless there is one map per entry and the used ones fit it."""
     if len(inputs) != len(in_channels):
         raise ValueError(
             f'inputs has {len(inputs)} levels, expected {len(in_channels)}, '
             'one per entry of in_channels'
         )
-    for i, (x, channels) in enumerate(zip(inputs, in_channels)):
+    for i in range(len(inputs))[used]:
+        x, channels = inputs[i], in_channels[i]
         if x.shape[1] != channels:
             raise ValueError(
                 f'inputs[{i}] has {x.shape[1]} channels, expected {channels}, '

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mmcarafe.ops import export, operators, reference
-from mmcarafe.ops.reference import BORDERS, DTYPES, NORMALIZERS
+from mmcarafe.ops.reference import DTYPES
 
 
 def carafe(
@@ -169,10 +169,7 @@ def check_int(name: str, value: int, odd: bool = False) -> None:
 
 def check_normalizer(normalizer: 'str | None', border: str) -> None:
     """Raise unless both are known and go together."""
-    if normalizer not in NORMALIZERS:
-        raise reference.unknown('normalizer', normalizer, NORMALIZERS)
-    if border not in BORDERS:
-        raise reference.unknown('border', border, BORDERS)
+    reference.check_options(normalizer, border)
     if border == 'renormalize' and normalizer in ('sigmoid', None):
         raise ValueError(
             f"border is 'renormalize' and normalizer {normalizer!r}, expected "

@@ -108,20 +108,14 @@ class Library:
                 f'{name} got {low.dtype}, {high.dtype} and {scores.dtype}, '
                 'expected one dtype'
             )
-        codes = {}  # values of the enums in cpu.cpp
-        for field, value, known in (
-            ('dtype', scores.dtype, reference.DTYPES),
-            ('normalizer', normalizer, reference.NORMALIZERS),
-            ('border', border, reference.BORDERS),
-        ):
-            if value not in known:
-                raise reference.unknown(field, value, known)
-            codes[field] = known.index(value)
+        reference.check_options(normalizer, border)
         n, groups, taps, s, _, height, width = scores.shape
         if n == 0:
             return
         arguments = _Arguments(
-            **codes,
+            dtype=reference.DTYPES.index(scores.dtype),
+            normalizer=reference.NORMALIZERS.index(normalizer),
+            border=reference.BORDERS.index(border),
             threads=self._threads(),
             N=n,
             C=low.shape[1],

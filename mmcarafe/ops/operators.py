@@ -25,18 +25,21 @@ class _Meta:
 
     @staticmethod
     def reassemble(features, scores, normalizer, border='zeros'):
+        reference.check_options(normalizer, border)
         return reference.empty_map(
             features, features.shape[1], scores.shape[3]
         )
 
     @staticmethod
     def reassemble_grad_features(grad, scores, normalizer, border='zeros'):
+        reference.check_options(normalizer, border)
         return reference.empty_map(grad, grad.shape[1], 1, scores.shape[-2:])
 
     @staticmethod
     def reassemble_grad_weights(
         grad, features, scores, normalizer, border='zeros'
     ):
+        reference.check_options(normalizer, border)
         return torch.empty_like(scores)
 
 
@@ -114,10 +117,11 @@ class _Autograd:
                 return _OPS.reassemble_grad_features(
                     grad, scores, normalizer, border
                 )
-        scores = reference.exclude_outside(scores, border)
-        # autocast may widen what is normalised here
-        weights = reference.normalize(scores, normalizer).to(grad.dtype)
-        return _LinearGradFeatures.apply(grad, weights)
+        wide_grad, scores = map(reference.accumulable, (grad, scores))
+        weights = reference.normalize(
+            reference.exclude_outside(scores, border), normalizer
+        )
+        return _LinearGradFeatures.apply(wide_grad, weights).to(grad.dtype)
 
     @staticmethod
     def reassemble_grad_weights(
@@ -128,9 +132,14 @@ class _Autograd:
                 return _OPS.reassemble_grad_weights(
                     grad, features, scores, normalizer, border
                 )
-        grad_weights = _LinearGradWeights.apply(grad, features, scores)
-        scores = reference.exclude_outside(scores, border)
-        return reference.normalize_backward(grad_weights, scores, normalizer)
+        dtype = scores.dtype
+        tensors = map(reference.accumulable, (grad, features, scores))
+        grad, features, scores = tensors
+        return reference.normalize_backward(
+            _LinearGradWeights.apply(grad, features, scores),
+            reference.exclude_outside(scores, border),
+            normalizer,
+        ).to(dtype)
 
 
 def _autocast_to_widest(features, scores, normalizer, border='zeros'):

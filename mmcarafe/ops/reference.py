@@ -177,6 +177,14 @@ def normalize_backward(grad, scores, normalizer):
     raise unknown('normalizer', normalizer, NORMALIZERS)
 
 
+def check_options(normalizer, border):
+    """Raise unless both are known."""
+    if normalizer not in NORMALIZERS:
+        raise unknown('normalizer', normalizer, NORMALIZERS)
+    if border not in BORDERS:
+        raise unknown('border', border, BORDERS)
+
+
 def unknown(name, value, known):
     """The error for a value that is not one of the known ones."""
     return ValueError(f'{name} is {value!r}, expected one of {known}')

@@ -205,12 +205,7 @@ def reassemble_grad_weights(
 
 
 def _run(name, features, scores, tensors, normalizer, border):
-    for option, value, known in (
-        ('normalizer', normalizer, reference.NORMALIZERS),
-        ('border', border, reference.BORDERS),
-    ):
-        if value not in known:
-            raise reference.unknown(option, value, known)
+    reference.check_options(normalizer, border)
     if normalizer in ('sigmoid', None):
         border = 'zeros'  # the same, because there is no sum over the taps
     if scores.numel() == 0:

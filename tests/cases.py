@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mmcarafe.ops.reference import BORDERS, DTYPES, NORMALIZERS
+from mmcarafe.ops.reference import BORDERS, DTYPES, NORMALIZERS, SUM_TO_ONE
 
 
 class Case(NamedTuple):
@@ -60,7 +60,7 @@ OPTIONS = {
     f'{normalizer}-{border}': (normalizer, border)
     for normalizer in NORMALIZERS
     for border in BORDERS
-    if border == 'zeros' or normalizer in ('softmax', 'sigmoid_normalized')
+    if border == 'zeros' or normalizer in SUM_TO_ONE
 }
 all_options = pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 

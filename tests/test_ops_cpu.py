@@ -147,6 +147,14 @@ def test_non_finite_logits_behave_as_in_the_reference(library, options, value):
         torch.testing.assert_close(result, rounded, equal_nan=True)
 
 
+def test_sums_that_only_one_side_knows_are_an_error(library, monkeypatch):
+    """cpu.cpp would read the statistics that cpu.py did not allocate."""
+    monkeypatch.setattr(reference, 'SUM_TO_ONE', ())
+    features, scores, grad = inputs(CASES['k3'])
+    with pytest.raises(RuntimeError, match='another version of cpu.cpp'):
+        library.reassemble_grad_features(grad, scores, 'softmax')
+
+
 def test_non_finite_features_and_gradients_stay_where_they_are(library):
     features, weights, grad = inputs(Case(1, 3, 7, 19))
     features[0, 1, 0, 0] = features[0, 1, 3, 15] = torch.nan

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mmcarafe.ops import export, operators, reference
-from mmcarafe.ops.reference import DTYPES
+from mmcarafe.ops.reference import DTYPES, SUM_TO_ONE
 
 
 def carafe(
@@ -170,10 +170,10 @@ def check_int(name: str, value: int, odd: bool = False) -> None:
 def check_normalizer(normalizer: 'str | None', border: str) -> None:
     """Raise unless both are known and go together."""
     reference.check_options(normalizer, border)
-    if border == 'renormalize' and normalizer in ('sigmoid', None):
+    if border == 'renormalize' and normalizer not in SUM_TO_ONE:
         raise ValueError(
             f"border is 'renormalize' and normalizer {normalizer!r}, expected "
-            "'softmax' or 'sigmoid_normalized', whose weights sum to one"
+            f'one of {SUM_TO_ONE}, whose weights sum to one'
         )
 
 

@@ -414,6 +414,7 @@ void reweigh_mode(A *logits, const A *tops, const A *scales, int64_t count) {
 template <int MODE, class A>
 void normalize_backward_mode(const A *logits, const A *weights, A *grad,
                              int64_t taps, int64_t subpixels) {
+  static_assert(MODE >= SOFTMAX && MODE <= NONE, "a normaliser");
   typedef Vector<A> V;
   const int64_t size = subpixels * COLUMNS;
   for (int64_t at = 0; at < size; at += LANES<A>) {
@@ -994,6 +995,9 @@ extern "C" int reassemble(const Arguments *a) {
 }
 
 extern "C" int reassemble_grad_features(const Arguments *a) {
+  // A sum over the taps that the caller does not know of has no room.
+  if (has_sum(int(a->normalizer)) != bool(a->statistics))
+    return 1;
   if (a->statistics && run_dtype<Statistics>(*a))
     return 1;
   return run_dtype<GradFeatures>(*a);

@@ -60,7 +60,7 @@ class Library:
     ):
         out = reference.empty_map(grad, grad.shape[1], 1, scores.shape[-2:])
         statistics = None
-        if normalizer in ('softmax', 'sigmoid_normalized'):
+        if normalizer in reference.SUM_TO_ONE:
             n, groups, _, s, _, height, width = scores.shape
             statistics = torch.empty(
                 (2, n, groups, s * s, height, width),

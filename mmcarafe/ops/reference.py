@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 #: What turns scores into weights; cpu.cpp has an enum in this order.
 NORMALIZERS = ('softmax', 'sigmoid_normalized', 'sigmoid', None)
+#: Those that divide by a sum over the taps, from which a border can be left
+#: out; has_sum in cpu.cpp says the same.
+SUM_TO_ONE = ('softmax', 'sigmoid_normalized')
 #: What becomes of taps outside the map; cpu.cpp has an enum in this order.
 BORDERS = ('zeros', 'renormalize')
 #: Of features and scores; cpu.cpp has an enum in this order.

@@ -84,3 +84,14 @@ def test_results_of_no_config(config_table, tmp_path):
     (tmp_path / 'a.yml').write_text('Models: [{Config: configs/gone.py}]')
     with pytest.raises(SystemExit, match='^error: a.yml: there is no config'):
         config_table.metadata(tmp_path)
+
+
+def test_results_without_conditions(config_table, tmp_path):
+    (tmp_path / 'model-index.yml').write_text('Import: [a.yml]')
+    (tmp_path / 'x.py').touch()
+    (tmp_path / 'a.yml').write_text(
+        'Models: [{Config: x.py, Results: [{Metrics: {mIoU: 1.5}}]}]'
+    )
+    message = '^error: a.yml: x.py has Results, expected Conditions'
+    with pytest.raises(SystemExit, match=message):
+        config_table.metadata(tmp_path)

@@ -45,6 +45,13 @@ def metadata(root):
         for model in load(root / path)['Models']:
             if not (root / model['Config']).is_file():
                 fail(f'{path}: there is no config {model["Config"]}')
+            if model.get('Results') and not model.get('Metadata', {}).get(
+                'Conditions'
+            ):
+                fail(
+                    f'{path}: {model["Config"]} has Results, expected '
+                    'Conditions under Metadata: how they were measured'
+                )
             models[model['Config']] = model
     return models
 

@@ -352,6 +352,12 @@ def test_the_prefix_is_enough_for_any_registry():
         mmcarafe.CARAFFE  # noqa: B018
 
 
+def test_every_upsampler_of_ours_is_exported():
+    for kind, (cls, _) in mmcarafe.upsamplers.UPSAMPLERS.items():
+        if kind == cls.__name__:
+            assert getattr(mmcarafe, kind) is cls
+
+
 # match_size
 
 

@@ -206,7 +206,7 @@ def reassemble_grad_weights(
 
 def _run(name, features, scores, tensors, normalizer, border):
     reference.check_options(normalizer, border)
-    if normalizer in ('sigmoid', None):
+    if normalizer not in reference.SUM_TO_ONE:
         border = 'zeros'  # the same, because there is no sum over the taps
     if scores.numel() == 0:
         return

@@ -632,6 +632,10 @@ def _peak_and_scale(
                 )  # fmt: skip
                 total += _unscaled(logit, peak, NORMALIZER)
         scale = 1 / total
+    else:
+        tl.static_assert(
+            NORMALIZER == 'sigmoid' or NORMALIZER is None, 'unknown normalizer'
+        )
     return peak, scale
 
 

@@ -241,9 +241,9 @@ def test_builds_every_upsampler(cfg, scale_factor):
 
 def test_pixel_shuffle_is_mmcvs():
     """Names, shapes, initialisation and output."""
-    pack = pytest.importorskip('mmcv.cnn').MODELS.get('pixel_shuffle')
+    upsample = pytest.importorskip('mmcv.cnn.bricks.upsample')
     torch.manual_seed(1)
-    theirs = pack(6, 6, scale_factor=2, upsample_kernel=3)
+    theirs = upsample.PixelShufflePack(6, 6, scale_factor=2, upsample_kernel=3)
     torch.manual_seed(1)
     ours = build_upsampler('pixel_shuffle', 6)
     for name, value in theirs.state_dict().items():

@@ -133,6 +133,12 @@ def methods(features, mmcv):
     return {
         **dict(modules(features)),
         'CARAFE': (carafe, [features, logits]),
+        'CARAFE, border renormalised': (
+            lambda x, y: carafe_from_logits(
+                x, y, KERNEL_SIZE, border='renormalize'
+            ),
+            [features, logits],
+        ),
         'CARAFE, PyTorch path': (
             lambda x, y: reference.carafe_from_logits(x, y, KERNEL_SIZE),
             [features, logits],

@@ -58,9 +58,11 @@ def test_every_carafe_is_the_same(bench_op, dtype, channels_last):
         rounded = any(x.dtype == torch.bfloat16 for x in inputs)
         # half a unit in the last place of bf16, of values up to 4; sums of 25
         # products in fp32
+        # the windows of these outputs lie inside the map
+        inner = slice(4, -4) if 'renormalised' in name else slice(None)
         torch.testing.assert_close(
-            function(*inputs).double(),
-            exact,
+            function(*inputs)[:, :, inner, inner].double(),
+            exact[:, :, inner, inner],
             rtol=0,
             atol=2**-5 if rounded else 1e-5,
             msg=lambda message, name=name: f'{name}: {message}',

@@ -554,10 +554,10 @@ def test_file_in_the_place_of_the_work_dir(error, shapes, tmp_path):
     ('options', 'message'),
     [
         (
-            ['model.roi_head.bbox_head.num_classes=5'],
+            ['model.roi_head.bbox_head.fc_out_channels=128'],
             r'does not fit this config: (\d+) of (?!\1)\d+ weights fit; of '
             r'another shape: roi_head.bbox_head.fc_cls.weight .*\[7, 256\], '
-            r'not \[6, 256\]',
+            r'not \[7, 128\]',
         ),
         (
             ['optim_wrapper.optimizer.type=RMSprop'],
@@ -574,7 +574,7 @@ def test_file_in_the_place_of_the_work_dir(error, shapes, tmp_path):
             r'does not fit this config: (\d+) of \1 weights fit; unexpected: ',
         ),
     ],
-    ids=['classes', 'optimizer', 'groups', 'neck'],
+    ids=['width', 'optimizer', 'groups', 'neck'],
 )
 def test_resuming_another_run(error, shapes, run, options, message):
     file = run / 'epoch_1.pth'

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from test_tools import (  # noqa: F401  (fixtures)
     COCO,
@@ -627,6 +628,40 @@ def test_last_checkpoint_that_names_no_file(
     with pytest.raises(SystemExit) as caught:
         load_tool('train').main()
     assert caught.value.code == f'error: {message.format(tmp_path)}'
+
+
+def test_resuming_without_knowing_the_newest(monkeypatch, shapes, tmp_path):
+    """Training anew would write over the checkpoints that are there."""
+    (tmp_path / 'epoch_1.pth').touch()
+    words = ['--work-dir', str(tmp_path), '--resume', *shapes_options(shapes)]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['train', SHAPES, *words])
+    with pytest.raises(SystemExit) as caught:
+        load_tool('train').main()
+    assert caught.value.code == (
+        f'error: --resume: {tmp_path} has epoch_1.pth but no last_checkpoint, '
+        'which names the newest; name the file: --resume CHECKPOINT'
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ['epoch_1.pth']
+
+
+def test_what_a_scheduler_adds_is_no_difference():
+    model = torch.nn.Linear(2, 1)
+    own = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    saved = own.optimizer.state_dict()
+    saved['param_groups'][0].update(initial_lr=0.1, initial_momentum=0.9)
+    del saved['param_groups'][0]['maximize']  # as an older torch
+    checkpoint = dict(
+        meta={},
+        message_hub={},
+        state_dict=model.state_dict(),
+        optimizer=saved,
+    )
+    check = load_tool('_checkpoints').check_resumed
+    check('x.pth', checkpoint, model, own)
+    saved['param_groups'][0]['betas'] = (0.9, 0.99)
+    with pytest.raises(SystemExit, match='it sets betas, SGD sets maximize'):
+        check('x.pth', checkpoint, model, own)
 
 
 def test_resuming_before_the_first_checkpoint(

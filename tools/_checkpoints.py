@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 from functools import partial
+from glob import escape, glob
 from importlib.util import find_spec
 
 from _cli import fail, say, some, walk
@@ -261,6 +262,17 @@ def newest(work_dir):
     return here if osp.isfile(here) else path
 
 
+def refuse_to_overwrite(work_dir):
+    """Fail where a run that cannot be resumed by itself left checkpoints."""
+    found = sorted(glob(osp.join(escape(work_dir), '*.pth')))
+    if found:
+        names = some(osp.basename(path) for path in found)
+        fail(
+            f'--resume: {work_dir} has {names} but no last_checkpoint, which '
+            'names the newest; name the file: --resume CHECKPOINT'
+        )
+
+
 def check_resumed(path, checkpoint, model, optim_wrapper):
     """Refuse to resume what a different run saved."""
     instead = f'begin with its weights: --cfg-options load_from={path}'
@@ -296,7 +308,8 @@ def _difference(saved, optim_wrapper):
         return f'groups of {some(sizes)} parameters, not of {some(own_sizes)}'
     # Another torch may know more settings of the same optimizer, or fewer.
     # Only another optimizer both has some that this one lacks and lacks some.
-    more = {*groups[0]} - {*own[0], 'initial_lr'}
+    # Schedulers add their own, such as initial_lr and initial_momentum.
+    more = {k for k in groups[0] if not k.startswith('initial_')} - {*own[0]}
     fewer = {*own[0]} - {*groups[0]}
     if more and fewer:
         return (

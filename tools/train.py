@@ -64,6 +64,7 @@ def resume(cfg, checkpoint):
     if checkpoint == 'auto':
         checkpoint = _checkpoints.newest(cfg.work_dir)
         if not checkpoint:
+            _checkpoints.refuse_to_overwrite(cfg.work_dir)
             _cli.say(
                 f'--resume: there is no checkpoint in {cfg.work_dir} yet, so '
                 'training starts from the beginning'

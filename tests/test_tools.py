@@ -18,6 +18,8 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
+from mmcarafe.models.fpn import TopDown
+
 ROOT = Path(__file__).parents[1]
 SHAPES = 'configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
 COCO = 'configs/faster_rcnn/faster-rcnn_r50_fpn-carafe_1x_coco.py'
@@ -491,8 +493,13 @@ def test_no_config(error):
         ('_base_ = "none.py"', 'none.py'),
         ('_base_ = "mmdet::faster_rcnn/none.py"', 'none.py'),
         ('custom_imports = dict(imports="mmnone")', 'mmnone'),
+        ('x = (1).none', "AttributeError: 'int' object has no attribute"),
+        ('x = [][1]', 'IndexError: list index out of range'),
+        ('x = 1 / 0', 'ZeroDivisionError: division by zero'),
+        ('x = none', "NameError: name 'none' is not defined"),
+        ('assert 2 < 1', 'AssertionError: assert 2 < 1'),
     ],
-    ids=['syntax', 'base', 'mmdet-base', 'import'],
+    ids=str.split('syntax base mmdet-base import attr index zero name assert'),
 )
 @pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 def test_unreadable_config(error, tmp_path, text, message):
@@ -502,6 +509,62 @@ def test_unreadable_config(error, tmp_path, text, message):
         f'config {config}: .*{re.escape(message)}', error('train', config)
     )
     gc.collect()  # mmengine leaves its copy of a broken config open
+
+
+@pytest.mark.parametrize(
+    ('value', 'good'),
+    [(82512.0, True), (1e1, True), (3, True), (1.5, False), ('3', False)]
+    + [(True, False), (float('inf'), False), (float('nan'), False)],
+)
+def test_whole_numbers(value, good):
+    settings = dict(by_epoch=False, max_iters=10, val_interval=value)
+    check = load_tool('_cli').check_train_cfg
+    if good:
+        check(Config(dict(train_cfg=settings)))
+        return
+    with pytest.raises(SystemExit, match='expected a whole number, got'):
+        check(Config(dict(train_cfg=settings)))
+
+
+@pytest.mark.parametrize('transform', ['resize_concat', 'multiple_select'])
+def test_heads_that_concatenate_levels(transform):
+    class Neck(TopDown, nn.Module):
+        out_channels = 8
+
+    model = nn.Module()
+    model.neck = Neck()
+    model.decode_head = nn.Module()
+    model.decode_head.in_channels = 16
+    model.decode_head.input_transform = transform
+    check = load_tool('_cli')._check_width
+    if transform == 'resize_concat':
+        check(model)
+        return
+    with pytest.raises(SystemExit, match='in_channels is 16, expected 8'):
+        check(model)
+
+
+def test_distributed_state_is_not_built_before_its_processes():
+    optimizer = dict(
+        type='ZeroRedundancyOptimizer', optimizer_type='SGD', lr=0.1
+    )
+    cfg = Config(
+        dict(optim_wrapper=dict(optimizer=optimizer), launcher='pytorch')
+    )
+    build = load_tool('_cli').build_optimizer
+    assert build(cfg, nn.Linear(1, 1)) is None
+    cfg.launcher = 'none'
+    with pytest.raises(SystemExit, match='optim_wrapper: .*process group'):
+        build(cfg, nn.Linear(1, 1))
+
+
+def test_settings_of_another_runner():
+    options = {'strategy.type': 'DDPStrategy', 'runner_type': 'FlexibleRunner'}
+    check = load_tool('_cli')._check_keys
+    check(options, Config(dict(model=dict())))
+    del options['runner_type']
+    with pytest.raises(SystemExit, match='strategy.type: the config has no'):
+        check(options, Config(dict(model=dict())))
 
 
 def test_an_import_error_without_a_cause_keeps_its_words(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mmdet.datasets.transforms import transforms
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
@@ -291,6 +292,25 @@ def test_panoptic_heads_predict_things():
     check(heads, classes, 'data')
     with pytest.raises(SystemExit, match='num_classes is 2, but data has 3'):
         check(heads, dict(classes=classes['classes']), 'data')
+
+
+def check(dataset, scope):
+    """Check one data set as both tools do before they write."""
+    cfg = dict(train_dataloader=dict(dataset=dataset), model={})
+    cfg = Config(dict(default_scope=scope, **cfg))
+    load_tool('_data').check_data(cfg, 'train')
+
+
+def test_a_transform_whose_library_is_missing(data, monkeypatch):
+    monkeypatch.setattr(transforms, 'Compose', None)  # albumentations'
+    dataset = boxes(data)
+    dataset['pipeline'] = [dict(type='Albu', transforms=[])]
+    with pytest.raises(SystemExit) as caught:
+        check(dataset, 'mmdet')
+    assert message_of(caught) == (
+        'train_dataloader.dataset: RuntimeError: albumentations is not '
+        'installed'
+    )
 
 
 def test_classes_as_a_string(refused, data):

@@ -12,6 +12,7 @@ import os
 import os.path as osp
 import re
 import tempfile
+import traceback
 from contextlib import contextmanager
 
 import _cpu
@@ -99,21 +100,29 @@ def fail(message):
     raise SystemExit(f'error: {message}')
 
 
+USER_ERRORS = (
+    AssertionError,
+    ImportError,
+    KeyError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextmanager
-def user_errors(what):
-    """Report in one line what a wrong config made mmengine raise."""
+def user_errors(what, *more):
+    """Report in one line what a wrong config made mmengine raise.
+
+    Args:
+        what (str): the setting or file that is wrong then.
+        more (type): exceptions that are no bugs here either.
+    """
     try:
         yield
-    except (
-        AssertionError,
-        ImportError,
-        KeyError,
-        NameError,
-        OSError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (*USER_ERRORS, *more) as error:
         # mmengine's own errors say only that custom_imports failed
         while error.__context__ and str(error).startswith('Failed to import'):
             error = error.__context__
@@ -121,6 +130,8 @@ def user_errors(what):
             _fail_for_unknown_type(what, str(error.args[0]))
         text = error.args[0] if isinstance(error, KeyError) else error
         text = ' '.join(str(text).split())
+        if not text:  # of a bare assert: the line says what was expected
+            text = traceback.extract_tb(error.__traceback__)[-1].line
         fail(f'{what}: {type(error).__name__}: {text}')
 
 
@@ -167,7 +178,8 @@ def read_config(args, *needed):
     """The config file with --cfg-options, checked for the needed keys."""
     if not osp.isfile(args.config):
         fail(f'config: there is no file {args.config}')
-    with user_errors(f'config {args.config}'):
+    # whatever the file raises is its author's mistake
+    with user_errors(f'config {args.config}', Exception):
         cfg = Config.fromfile(args.config)
     options = args.cfg_options or {}
     _check_keys(options, cfg)
@@ -194,6 +206,11 @@ def _check_keys(options, cfg):
         *('model_wrapper_cfg', 'runner_type', 'sync_bn'),
         *('tta_model', 'tta_pipeline'),
     }
+    kind = options.get('runner_type', cfg.get('runner_type'))
+    if kind:
+        runner = RUNNERS.get(kind) if isinstance(kind, str) else kind
+        if runner:  # else building names the type
+            read.update(inspect.signature(runner).parameters)
     if 'data_preprocessor' in cfg.get('model', {}):
         read.remove('data_preprocessor')  # the default for models without one
     for key in options:
@@ -299,6 +316,8 @@ def _check_width(model):
         return
     for name in ('rpn_head', 'bbox_head', 'decode_head', 'auxiliary_head'):
         for head in as_list(getattr(model, name, None)):
+            if getattr(head, 'input_transform', None) == 'resize_concat':
+                continue  # mmseg stores the sum over the levels
             for channels in as_list(getattr(head, 'in_channels', None)):
                 if channels not in (None, neck.out_channels):
                     fail(
@@ -310,11 +329,16 @@ def _check_width(model):
 def build_optimizer(cfg, model):
     """Build the optimizer to find mistakes in it; return its wrapper.
 
-    None for several optimizers: only their runner knows how to build them.
+    None for several optimizers, which only their runner knows how to build,
+    and for one whose state is distributed.
     """
     wrapper = copy.deepcopy(cfg.optim_wrapper)
     if 'optimizer' not in wrapper:
         return None
+    kind = wrapper.optimizer.get('type')
+    name = str(getattr(kind, '__name__', kind))
+    if cfg.launcher != 'none' and name.endswith('ZeroRedundancyOptimizer'):
+        return None  # needs the processes, which do not know each other yet
     lr = wrapper.optimizer.get('lr', 0)
     if isinstance(lr, str):
         fail(f'optim_wrapper.optimizer.lr: expected a number, got {lr}')
@@ -340,7 +364,8 @@ def check_train_cfg(cfg):
         inspect.signature(loop).bind(None, None, **settings)
     for key in ('max_epochs', 'max_iters', 'val_begin', 'val_interval'):
         value = settings.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int):
+        number = isinstance(value, (int, float)) and type(value) is not bool
+        if not (number and float(value).is_integer()):
             fail(f'train_cfg.{key}: expected a whole number, got {value}')
 
 

@@ -65,7 +65,8 @@ def _each_dataset(function, cfg, key):
 
 
 def _check_dataset(cfg, key, datasets, heads):
-    with user_errors(key):
+    # RuntimeError: a transform's library is not installed
+    with user_errors(key, RuntimeError):
         cls = datasets.get(cfg.type)
         if inspect.isclass(cls) and not issubclass(cls, BaseDataset):
             return  # only it knows what it reads

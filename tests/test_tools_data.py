@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mmcv.transforms import BaseTransform
+from mmdet.datasets import CocoDataset
 from mmdet.datasets.transforms import transforms
 from mmengine.config import Config
 from mmengine.model import BaseModel
+from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
 from test_tools import (
     SEGMENTOR,
@@ -394,11 +397,6 @@ def drop(part, index, key):
             ": images[1] is 'x.jpg', not an object",
         ),
         (
-            put('annotations', 2, category_id=43),
-            ': annotation 3 has category_id 43, which is none of the '
-            'categories',
-        ),
-        (
             put('annotations', 2, bbox=[1, float('nan'), 3, 4]),
             ': annotation 3 has the bbox [1, nan, 3, 4], expected four finite '
             'numbers: x, y, width, height',
@@ -458,6 +456,7 @@ def test_boxes_that_are_dropped_are_counted(data, tmp_path, warnings):
         put('annotations', 3, bbox=[10, 10, -20, 20]),
         put('annotations', 4, bbox=[10, 10, 0.5, 20]),
         put('annotations', 5, image_id=99),
+        put('annotations', 8, category_id=43),
         # ignored, so mmdet does not look at its box
         put('annotations', 6, ignore=True),
         drop('annotations', 6, 'bbox'),
@@ -470,15 +469,16 @@ def test_boxes_that_are_dropped_are_counted(data, tmp_path, warnings):
     dataset = load(tmp_path, boxes(data), 'mmdet')
     assert warnings == [
         (
-            f'{data}/{JSON}: 6 of {total} boxes are dropped: 2 with no '
+            f'{data}/{JSON}: 7 of {total} boxes are dropped: 2 with no '
             'area, 1 outside its image, 1 with negative size, 1 thinner than '
-            'a pixel, 1 on an image that is not listed',
+            'a pixel, 1 on an image that is not listed, 1 of a category that '
+            'is not listed',
             logging.WARNING,
         )
     ]
     # mmdet agrees
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-    assert sum(len(info['instances']) for info in infos) == total - 6
+    assert sum(len(info['instances']) for info in infos) == total - 7
 
 
 def test_boxes_of_other_classes_are_not_counted(data, tmp_path, warnings):
@@ -509,7 +509,7 @@ def test_list_of_test_images_without_annotations(data, tmp_path):
 
 
 def test_data_sets_in_wrappers_are_checked(data, tmp_path):
-    edit(data, put('annotations', 2, category_id=43))
+    edit(data, put('annotations', 2, bbox=[1]))
     dataset = dict(
         type='mmdet.ConcatDataset',
         datasets=[
@@ -518,7 +518,7 @@ def test_data_sets_in_wrappers_are_checked(data, tmp_path):
         ],
     )
     assert read(tmp_path, dataset, 'mmdet').startswith(
-        f'{data}/{JSON}: annotation 3 has category_id 43'
+        f'{data}/{JSON}: annotation 3 has the bbox [1]'
     )
 
 
@@ -580,6 +580,76 @@ def test_label_map_in_colours(data, tmp_path):
         f'the label map {data}/{LABEL_MAP} has 3 channels, expected one, of '
         'labels'
     )
+
+
+@TRANSFORMS.register_module()
+class Halve(BaseTransform):
+    def transform(self, results):
+        results['gt_seg_map'] = results['gt_seg_map'] // 2
+        return results
+
+
+@pytest.mark.parametrize(('value', 'good'), [(12, True), (14, False)])
+def test_labels_that_a_later_step_changes(data, tmp_path, value, good):
+    write_png(data / LABEL_MAP, (96, 96), value)
+    steps = ['LoadImageFromFile', 'LoadAnnotations', Halve, 'PackSegInputs']
+    dataset = maps(data, pipeline=[dict(type=step) for step in steps])
+    if good:
+        sample = load(tmp_path, dataset, 'mmseg')[3]['data_samples']
+        assert sample.gt_sem_seg.data.unique().tolist() == [6]
+        return
+    message = read(tmp_path, dataset, 'mmseg')
+    assert f'{data}/{LABEL_MAP} holds the value 7, but' in message
+
+
+class Eager(CocoDataset):
+    def __init__(self, data_root, ann_file, data_prefix, metainfo, pipeline):
+        super().__init__(
+            data_root=data_root,
+            ann_file=ann_file,
+            data_prefix=data_prefix,
+            metainfo=metainfo,
+            pipeline=pipeline,
+        )
+
+
+class EagerKeywords(Eager):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize('kind', [Eager, EagerKeywords])
+def test_data_set_that_cannot_be_lazy(data, tmp_path, kind):
+    dataset = {**boxes(data), 'type': kind}
+    check(dataset, 'mmdet')
+    assert len(load(tmp_path, dataset, 'mmdet')) == 8
+    (data / IMAGE).write_bytes(b'')
+    message = read(tmp_path / 'again', dataset, 'mmdet')
+    assert message.startswith(f'cannot read the image {data}/{IMAGE}')
+
+
+@pytest.mark.parametrize('backend', ['petrel', 'local'])
+def test_paths_of_another_backend(data, tmp_path, backend):
+    """They may be mapped to somewhere else."""
+    args = dict(backend=backend)
+    shutil.rmtree(data)
+    dataset = boxes(data, backend_args=args)
+    dataset['pipeline'] = []
+    evaluator = dict(ann_file=f'{data}/{JSON}', backend_args=args)
+    cfg = Config(
+        dict(
+            default_scope='mmdet',
+            model={},
+            val_dataloader=dict(dataset=dataset),
+            val_evaluator=evaluator,
+        )
+    )
+    check_data = load_tool('_data').check_data
+    if backend == 'petrel':
+        check_data(cfg, 'val')
+        return
+    with pytest.raises(SystemExit, match='data_root: there is no '):
+        check_data(cfg, 'val')
 
 
 def test_labels_inside_of_another_step(data, tmp_path):

@@ -47,7 +47,9 @@ def check_data(cfg, split):
             f'{loader}.dataset',
         )
     for each in as_list(cfg.get(evaluator)):
-        if isinstance(each, dict) and each.get('ann_file'):
+        if not isinstance(each, dict) or _is_remote(each.get('backend_args')):
+            continue
+        if each.get('ann_file'):
             _check_ann_file(each.ann_file, f'{evaluator}.ann_file')
 
 
@@ -67,7 +69,8 @@ def _each_dataset(function, cfg, key):
 def _check_dataset(cfg, key, datasets, heads):
     # RuntimeError: a transform's library is not installed
     with user_errors(key, RuntimeError):
-        cls = datasets.get(cfg.type)
+        kind = cfg.type
+        cls = datasets.get(kind) if isinstance(kind, str) else kind
         if inspect.isclass(cls) and not issubclass(cls, BaseDataset):
             return  # only it knows what it reads
         classes = (cfg.get('metainfo') or {}).get('classes')
@@ -78,13 +81,36 @@ def _check_dataset(cfg, key, datasets, heads):
                 f'({classes!r},))'
             )
         # lazy: joins the paths, builds the pipeline, reads no annotation
-        dataset = datasets.build({**copy.deepcopy(cfg), 'lazy_init': True})
+        dataset = _build_lazily(datasets, cls, cfg)
+    if dataset is None:
+        return
+    _check_heads(heads, dataset.metainfo, key)
+    if _is_remote(getattr(dataset, 'backend_args', None)):
+        return
     _check_path(dataset.data_root, f'{key}.data_root')
     for name, path in dataset.data_prefix.items():
         _check_path(path, f'{key}.data_prefix.{name}')
     if dataset.ann_file:
         _check_ann_file(dataset.ann_file, f'{key}.ann_file')
-    _check_heads(heads, dataset.metainfo, key)
+
+
+def _build_lazily(datasets, cls, cfg):
+    """Build a data set that reads no annotation yet; None if it cannot."""
+    if cls is None or any(  # None: building names the type
+        each.name == 'lazy_init' or each.kind is each.VAR_KEYWORD
+        for each in inspect.signature(cls).parameters.values()
+    ):
+        try:
+            return datasets.build({**copy.deepcopy(cfg), 'lazy_init': True})
+        except TypeError as error:
+            if 'lazy_init' not in str(error):
+                raise
+    return None
+
+
+def _is_remote(backend_args):
+    """Whether paths may mean something else than local files."""
+    return (backend_args or {}).get('backend', 'local') != 'local'
 
 
 def _heads(model, key='model'):
@@ -218,11 +244,14 @@ def guarded(runner, *splits):
 def _load(kind, key, ignored, **cfg):
     """Build a data set that checks what it reads, now and later."""
     with DATASETS.switch_scope_and_registry(None) as datasets:
-        cls = datasets.get(kind)
+        cls = datasets.get(kind) if isinstance(kind, str) else kind
         if inspect.isclass(cls) and not issubclass(cls, BaseDataset):
             return datasets.build(dict(cfg, type=kind))
-        dataset = datasets.build(dict(cfg, type=kind, lazy_init=True))
-    if _reads_coco(cls):
+        dataset = _build_lazily(datasets, cls, dict(cfg, type=kind))
+        lazy = dataset is not None
+        if not lazy:
+            dataset = datasets.build(dict(cfg, type=kind))
+    if lazy and _reads_coco(cls):
 
         class CheckedCOCO(dataset.COCOAPI):
             def __init__(self, *args, **kwargs):
@@ -238,18 +267,19 @@ def _load(kind, key, ignored, **cfg):
         del dataset.COCOAPI  # back to the class's, which can be pickled
     dataset.full_init()
 
-    num_labels = None
-    if hasattr(dataset, 'reduce_zero_label') and dataset.metainfo.get(
-        'classes'
-    ):
-        num_labels = len(dataset.metainfo['classes'])
+    for step in _steps(dataset.pipeline, LoadImageFromFile):
+        step.transform = partial(_load_image, step)
+    for step in _steps(dataset.pipeline, LoadAnnotations):
+        if step.with_seg:
+            step.transform = partial(_load_label_map, step)
+    classes = dataset.metainfo.get('classes')
+    if classes and hasattr(dataset, 'reduce_zero_label'):
+        from mmseg.datasets.transforms import PackSegInputs
+
         ignored = ignored | {getattr(dataset, 'ignore_index', IGNORED)}
-    for step in _loading_steps(dataset.pipeline):
-        if isinstance(step, LoadImageFromFile):
-            step.transform = partial(_load_image, step)
-        elif step.with_seg:
+        for step in _steps(dataset.pipeline, PackSegInputs):
             step.transform = partial(
-                _load_label_map, step, num_labels, sorted(ignored)
+                _pack, step, len(classes), sorted(ignored)
             )
     return dataset
 
@@ -305,12 +335,13 @@ def _check_coco(content, dataset, key):
     images = {each['id']: each for each in content['images']}
     count, dropped = 0, Counter()
     for each in content.get('annotations', ()):
+        if each.get('ignore'):
+            continue
         if each['category_id'] not in names:
-            fail(
-                f'{path}: annotation {each["id"]} has category_id '
-                f'{each["category_id"]!r}, which is none of the categories'
-            )
-        if each.get('ignore') or names[each['category_id']] not in wanted:
+            count += 1
+            dropped['of a category that is not listed'] += 1
+            continue
+        if names[each['category_id']] not in wanted:
             continue
         box = each['bbox']
         if not (isinstance(box, list) and len(box) == 4 and _finite(*box)):
@@ -378,17 +409,17 @@ def _why_dropped(box, area, image):
 # When an image or a label map is loaded
 
 
-def _loading_steps(step):
-    """The steps of a pipeline that read images and annotations."""
-    if isinstance(step, (LoadImageFromFile, LoadAnnotations)):
+def _steps(step, kind):
+    """The steps of one kind in a pipeline, also those inside of others."""
+    if isinstance(step, kind):
         yield step
     elif isinstance(step, (Compose, BaseTransform)):
-        yield from _loading_steps(vars(step))
+        yield from _steps(vars(step), kind)
     elif isinstance(step, dict):
-        yield from _loading_steps(list(step.values()))
+        yield from _steps(list(step.values()), kind)
     elif isinstance(step, (list, tuple)):
         for each in step:
-            yield from _loading_steps(each)
+            yield from _steps(each, kind)
 
 
 @contextmanager
@@ -408,15 +439,8 @@ def _load_image(step, results):
         return type(step).transform(step, results)
 
 
-def _load_label_map(step, num_labels, ignored, results):
-    """Load a label map, and compare it with its image and the classes.
-
-    Args:
-        step (LoadAnnotations): what loads it.
-        num_labels (int | None): labels are less than this; None: unknown.
-        ignored (list[int]): labels that are allowed too.
-        results (dict): what the pipeline knows of the image so far.
-    """
+def _load_label_map(step, results):
+    """Load a label map, and compare its size with that of its image."""
     path = results.get('seg_map_path')
     if path is None:
         return type(step).transform(step, results)
@@ -434,20 +458,33 @@ def _load_label_map(step, num_labels, ignored, results):
             f'the label map {path} has {_size(labels.shape)} pixels, but the '
             f'image {results["img_path"]} has {_size(size)}'
         )
-    if num_labels is None:
-        return results
+    return results
+
+
+def _pack(step, num_labels, ignored, results):
+    """Compare labels with the classes when all steps have changed them.
+
+    Args:
+        step (PackSegInputs): what packs them.
+        num_labels (int): labels are less than this.
+        ignored (list[int]): labels that are allowed too.
+        results (dict): what the pipeline knows of the image.
+    """
+    labels = results.get('gt_seg_map')
+    if labels is None:
+        return type(step).transform(step, results)
     wrong = labels >= num_labels
     for label in ignored:
         wrong &= labels != label
     if wrong.any():
         # in the file, labels may begin at one
-        first = int(bool(getattr(step, 'reduce_zero_label', False)))
+        first = int(bool(results.get('reduce_zero_label')))
         raise DataError(
-            f'the label map {path} holds the value '
+            f'the label map {results.get("seg_map_path")} holds the value '
             f'{int(labels[wrong].max()) + first}, but the labels of its '
             f'{num_labels} classes are {first} to {first + num_labels - 1}'
         )
-    return results
+    return type(step).transform(step, results)
 
 
 def _size(shape):

@@ -344,8 +344,10 @@ def test_the_command(tmp_path):
     assert first.returncode == again.returncode == 0
     assert first.stdout.endswith('images, written\n')
     assert again.stdout.endswith('images, there already\n')
-    assert wrong.returncode == 2
-    assert 'train must be an integer of at least 1, got 0' in wrong.stdout
+    assert wrong.returncode == 1
+    assert (
+        'error: train must be an integer of at least 1, got 0' in wrong.stdout
+    )
     assert 'Traceback' not in wrong.stdout
 
 

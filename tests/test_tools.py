@@ -11,11 +11,13 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from torch import nn
 
 from mmcarafe.models.fpn import TopDown
@@ -556,6 +558,77 @@ def test_distributed_state_is_not_built_before_its_processes():
     cfg.launcher = 'none'
     with pytest.raises(SystemExit, match='optim_wrapper: .*process group'):
         build(cfg, nn.Linear(1, 1))
+
+
+def test_rates_are_listed_by_the_run_alone(capfd):
+    optimizer = dict(type='SGD', lr=0.1)
+    wrapper = dict(optimizer=optimizer, paramwise_cfg=dict(bias_lr_mult=2))
+    cfg = Config(dict(optim_wrapper=wrapper, launcher='none'))
+    level = MMLogger.get_current_instance().level
+    built = load_tool('_cli').build_optimizer(cfg, nn.Linear(1, 1))
+    assert [g['lr'] for g in built.optimizer.param_groups] == [0.1, 0.2]
+    assert 'paramwise' not in ''.join(capfd.readouterr())
+    assert MMLogger.get_current_instance().level == level
+
+
+def test_what_was_built_to_check_is_freed(monkeypatch, shapes, tmp_path):
+    """A second model and a checkpoint would take memory while training."""
+    train, cli = load_tool('train'), load_tool('_cli')
+    build, models = cli.build_model, []
+
+    def build_model(cfg):
+        model = build(cfg)
+        models.append(weakref.ref(model))
+        return model
+
+    def build_runner(cfg):
+        gc.collect()
+        assert [model() for model in models] == [None]
+        raise SystemExit('reached')
+
+    monkeypatch.setattr(cli, 'build_model', build_model)
+    monkeypatch.setattr(cli, 'build_runner', build_runner)
+    monkeypatch.chdir(ROOT)
+    words = ['--work-dir', str(tmp_path), *shapes_options(shapes)]
+    monkeypatch.setattr(sys, 'argv', ['train', SHAPES, *words])
+    with pytest.raises(SystemExit, match='reached'):
+        train.main()
+
+
+def test_half_of_a_validation(error, shapes):
+    options = shapes_options(shapes)
+    options = [o for o in options if not o.startswith('val_dataloader.')]
+    assert error('train', SHAPES, *options, 'val_dataloader=None') == (
+        'the config has val_cfg but no val_dataloader'
+    )
+
+
+def test_tta_of_several_data_sets(error, shapes, tmp_path):
+    config = tmp_path / 'several.py'
+    config.write_text(
+        f"_base_ = '{ROOT / SHAPES}'\n"
+        "both = dict(_delete_=True, type='ConcatDataset', datasets=[])\n"
+        'test_dataloader = dict(dataset=both)\n'
+    )
+    assert error('test', config, 'x.pth', '--tta') == (
+        '--tta: test_dataloader.dataset must have one pipeline, which '
+        'ConcatDataset has not'
+    )
+
+
+def test_launcher_that_started_nothing(error, monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    assert error('train', SHAPES, '--launcher', 'pytorch') == (
+        '--launcher pytorch: the variable RANK is not set, start the '
+        'processes with torchrun or with tools/dist_*.sh'
+    )
+
+
+def test_hook_without_a_type(error):
+    option = 'default_hooks.mine.interval=1'
+    assert error('train', SHAPES, '--cfg-options', option) == (
+        'default_hooks.mine has no type'
+    )
 
 
 def test_settings_of_another_runner():

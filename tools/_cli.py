@@ -8,6 +8,7 @@ import argparse
 import copy
 import difflib
 import inspect
+import logging
 import os
 import os.path as osp
 import re
@@ -19,6 +20,7 @@ import _cpu
 import mmengine.registry
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import (
     LOOPS,
@@ -170,6 +172,14 @@ def load_config(args, *needed):
         args.work_dir or cfg.get('work_dir') or osp.join('work_dirs', name)
     )
     cfg.launcher = args.launcher
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        fail(
+            '--launcher pytorch: the variable RANK is not set, start the '
+            'processes with torchrun or with tools/dist_*.sh'
+        )
+    for key, hook in (cfg.get('default_hooks') or {}).items():
+        if isinstance(hook, dict) and 'type' not in hook:
+            fail(f'default_hooks.{key} has no type')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg
 
@@ -343,8 +353,14 @@ def build_optimizer(cfg, model):
     if isinstance(lr, str):
         fail(f'optim_wrapper.optimizer.lr: expected a number, got {lr}')
     switch = OPTIM_WRAPPER_CONSTRUCTORS.switch_scope_and_registry
-    with user_errors('optim_wrapper'), switch(cfg.get('default_scope')):
-        return build_optim_wrapper(model, wrapper)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # the run will list the parameters' rates
+    try:
+        with user_errors('optim_wrapper'), switch(cfg.get('default_scope')):
+            return build_optim_wrapper(model, wrapper)
+    finally:
+        logger.setLevel(level)
 
 
 def check_train_cfg(cfg):

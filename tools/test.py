@@ -78,6 +78,11 @@ def use_tta(cfg):
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
+    if 'pipeline' not in dataset:
+        _cli.fail(
+            '--tta: test_dataloader.dataset must have one pipeline, which '
+            f'{dataset.get("type")} has not'
+        )
     if cfg.default_scope == 'mmdet':
         nms = dict(type='nms', iou_threshold=0.5)
         cfg.setdefault(

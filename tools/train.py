@@ -97,11 +97,36 @@ def main():
         scale_lr(cfg)
     if args.resume or cfg.get('resume'):
         resume(cfg, args.resume or cfg.get('load_from') or 'auto')
+    if not check(cfg):
+        return
 
+    runner = _cli.build_runner(cfg)
+    if args.amp and get_device() == 'cpu' and cfg.default_scope == 'mmdet':
+        _cpu.keep_boxes_in_fp32(runner.model)
+    try:
+        with _data.guarded(
+            runner, 'train', 'val'
+        ), _checkpoints.readable_errors(cfg.model):
+            runner.train()
+    except KeyboardInterrupt:
+        stop(runner)
+
+
+def check(cfg):
+    """Check all that can be checked before anything is written.
+
+    The model and the checkpoint that this needs are freed when it returns.
+
+    Returns:
+        bool: whether there is anything left to train.
+    """
     _cli.check_train_cfg(cfg)
     _checkpoints.check_pretrained(cfg.model)
     _data.check_data(cfg, 'train')
     if cfg.get('val_cfg'):
+        for key in ('val_dataloader', 'val_evaluator'):
+            if cfg.get(key) is None:
+                _cli.fail(f'the config has val_cfg but no {key}')
         _data.check_data(cfg, 'val')
     model = _cli.build_model(cfg)
     optim_wrapper = _cli.build_optimizer(cfg, model)
@@ -120,18 +145,8 @@ def main():
                     'that to train longer, or start again in another '
                     '--work-dir'
                 )
-                return
-
-    runner = _cli.build_runner(cfg)
-    if args.amp and get_device() == 'cpu' and cfg.default_scope == 'mmdet':
-        _cpu.keep_boxes_in_fp32(runner.model)
-    try:
-        with _data.guarded(
-            runner, 'train', 'val'
-        ), _checkpoints.readable_errors(cfg.model):
-            runner.train()
-    except KeyboardInterrupt:
-        stop(runner)
+                return False
+    return True
 
 
 if __name__ == '__main__':

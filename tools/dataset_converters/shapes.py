@@ -328,7 +328,7 @@ def main():
     try:
         written = make_shapes(**vars(args))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        raise SystemExit(f'error: {error}') from None
     print(
         f'{args.root}: {args.train} training and {args.val} validation '
         f'images, {"written" if written else "there already"}'

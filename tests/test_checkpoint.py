@@ -229,7 +229,7 @@ def test_damaged_files(path, damage, zipped):
     write(path, damage(data))
     with pytest.raises(RuntimeError, match=re.escape(path)) as error:
         load(path)
-    assert 'is it damaged, or no checkpoint?' in str(error.value)
+    assert 'is it damaged, or not a checkpoint?' in str(error.value)
     assert '\n' not in str(error.value)
 
 

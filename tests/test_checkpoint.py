@@ -267,12 +267,17 @@ def test_files_from_the_web_are_not_executed(tmp_path, monkeypatch):
 def test_it_can_be_undone(tmp_path):
     path = str(tmp_path / 'checkpoint.pth')
     torch.save({'state_dict': {}, 'more': Call(os.getpid)}, path)
+
+    def outcome():
+        try:
+            load_checkpoint(Model(), path, map_location='cpu')
+        except Exception as error:
+            return str(error)
+        return 'loaded'
+
     checkpoint.disable()
     try:
-        with pytest.raises(Exception) as error:
-            load_checkpoint(Model(), path, map_location='cpu')
-        assert 'cannot load the checkpoint' not in str(error.value)
+        assert 'cannot load the checkpoint' not in outcome()
     finally:
         checkpoint.enable()
-    with pytest.raises(RuntimeError, match='cannot load the checkpoint'):
-        load_checkpoint(Model(), path, map_location='cpu')
+    assert 'cannot load the checkpoint' in outcome()

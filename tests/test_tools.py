@@ -560,6 +560,48 @@ def test_distributed_state_is_not_built_before_its_processes():
         build(cfg, nn.Linear(1, 1))
 
 
+@pytest.mark.parametrize('head', ['bbox_head', 'mask_head'])
+def test_channels_that_the_roi_extractor_does_not_give(head):
+    model = Config.fromfile(ROOT / SHAPES).model
+    roi_head = model.roi_head
+    if head == 'mask_head':
+        roi_head.mask_roi_extractor = roi_head.bbox_roi_extractor
+        roi_head.mask_head = dict(
+            type='FCNMaskHead', in_channels=64, num_classes=6
+        )
+        model.train_cfg.rcnn.mask_size = 28
+        model.test_cfg.rcnn.mask_thr_binary = 0.5
+    cfg = Config(dict(model=model, default_scope='mmdet'))
+    build = load_tool('_cli').build_model
+    build(cfg)
+    cfg.model.roi_head[head].in_channels = 32
+    with pytest.raises(SystemExit) as caught:
+        build(cfg)
+    assert caught.value.code == (
+        f'error: model.roi_head.{head}.in_channels is 32, expected 64, the '
+        f'out_channels of model.roi_head.{head[:-5]}_roi_extractor'
+    )
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        (
+            'model.neck.in_channels=[32,64,128,99]',
+            r'model: CARAFEFPN: inputs\[3\] has 256 channels, expected 99',
+        ),
+    ],
+)
+def test_channels_that_the_backbone_does_not_give(
+    monkeypatch, shapes, tmp_path, option, message
+):
+    words = ['--work-dir', str(tmp_path), *shapes_options(shapes, option)]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['train', SHAPES, *words])
+    with pytest.raises(SystemExit, match=f'error: {message}'):
+        load_tool('train').main()
+
+
 def test_rates_are_listed_by_the_run_alone(capfd):
     optimizer = dict(type='SGD', lr=0.1)
     wrapper = dict(optimizer=optimizer, paramwise_cfg=dict(bias_lr_mult=2))

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import _cpu
 import mmengine.registry
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
@@ -334,6 +335,38 @@ def _check_width(model):
                         f'model.{name}.in_channels is {channels}, expected '
                         f'{neck.out_channels}, the out_channels of model.neck'
                     )
+    roi_head = getattr(model, 'roi_head', None)
+    if getattr(roi_head, 'with_shared_head', False):
+        return  # which changes the channels
+    for kind in ('bbox', 'mask'):
+        extractor = getattr(roi_head, f'{kind}_roi_extractor', None)
+        head = getattr(roi_head, f'{kind}_head', None)
+        given = getattr(extractor, 'out_channels', None)
+        taken = getattr(head, 'in_channels', given)
+        if None not in (given, taken) and given != taken:
+            fail(
+                f'model.roi_head.{kind}_head.in_channels is {taken}, expected '
+                f'{given}, the out_channels of model.roi_head.{kind}_roi_'
+                'extractor'
+            )
+
+
+@contextmanager
+def channel_errors():
+    """End in one line where the maps do not fit a neck or head of ours."""
+    try:
+        yield
+    except ValueError as error:
+        if not re.match(
+            r'inputs(\[\d+\])? has \d+ (levels|channels)', str(error)
+        ):
+            raise
+        modules = [
+            frame.f_locals['self']
+            for frame, _ in traceback.walk_tb(error.__traceback__)
+            if isinstance(frame.f_locals.get('self'), torch.nn.Module)
+        ]
+        fail(f'model: {type(modules[-1]).__name__}: {error}')
 
 
 def build_optimizer(cfg, model):

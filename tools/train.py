@@ -106,7 +106,7 @@ def main():
     try:
         with _data.guarded(
             runner, 'train', 'val'
-        ), _checkpoints.readable_errors(cfg.model):
+        ), _cli.channel_errors(), _checkpoints.readable_errors(cfg.model):
             runner.train()
     except KeyboardInterrupt:
         stop(runner)

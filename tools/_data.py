@@ -84,14 +84,13 @@ def _check_dataset(cfg, key, datasets, heads):
         dataset = _build_lazily(datasets, cls, cfg)
     if dataset is None:
         return
+    if not _is_remote(getattr(dataset, 'backend_args', None)):
+        _check_path(dataset.data_root, f'{key}.data_root')
+        for name, path in dataset.data_prefix.items():
+            _check_path(path, f'{key}.data_prefix.{name}')
+        if dataset.ann_file:
+            _check_ann_file(dataset.ann_file, f'{key}.ann_file')
     _check_heads(heads, dataset.metainfo, key)
-    if _is_remote(getattr(dataset, 'backend_args', None)):
-        return
-    _check_path(dataset.data_root, f'{key}.data_root')
-    for name, path in dataset.data_prefix.items():
-        _check_path(path, f'{key}.data_prefix.{name}')
-    if dataset.ann_file:
-        _check_ann_file(dataset.ann_file, f'{key}.ann_file')
 
 
 def _build_lazily(datasets, cls, cfg):

@@ -100,6 +100,10 @@ class _LinearGradWeights(torch.autograd.Function):
         )
 
 
+def _is_differentiated(*tensors):
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 class _Autograd:
     """A second derivative goes through the normaliser in plain PyTorch.
 
@@ -112,7 +116,7 @@ class _Autograd:
 
     @staticmethod
     def reassemble_grad_features(grad, scores, normalizer, border='zeros'):
-        if not torch.is_grad_enabled():
+        if not _is_differentiated(grad, scores):
             with torch._C._AutoDispatchBelowAutograd():
                 return _OPS.reassemble_grad_features(
                     grad, scores, normalizer, border
@@ -127,7 +131,7 @@ class _Autograd:
     def reassemble_grad_weights(
         grad, features, scores, normalizer, border='zeros'
     ):
-        if not torch.is_grad_enabled():
+        if not _is_differentiated(grad, features, scores):
             with torch._C._AutoDispatchBelowAutograd():
                 return _OPS.reassemble_grad_weights(
                     grad, features, scores, normalizer, border

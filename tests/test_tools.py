@@ -583,6 +583,8 @@ def test_channels_that_the_roi_extractor_does_not_give(head):
     )
 
 
+# onedl-mmdetection's, when it builds the metric
+@pytest.mark.filterwarnings('ignore:faster_coco_eval is not installed')
 @pytest.mark.parametrize(
     ('option', 'message'),
     [

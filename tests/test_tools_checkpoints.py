@@ -197,10 +197,11 @@ def test_ctrl_c(shapes, tmp_path, stop):
     )
     assert process.returncode == 130
     assert 'Traceback' not in process.stderr
+    saved = tmp_path / 'work' / 'epoch_1.pth'
     expected = (
         'no checkpoint was saved yet'
         if stop == 1
-        else f'continue from {tmp_path}/work/epoch_1.pth with --resume'
+        else f'continue from {saved} with --resume'
     )
     assert process.stderr.splitlines()[-1] == (
         f'stopped at iteration {stop}; {expected}'

@@ -597,7 +597,10 @@ def test_channels_that_the_roi_extractor_does_not_give(head):
 def test_channels_that_the_backbone_does_not_give(
     monkeypatch, shapes, tmp_path, option, message
 ):
-    words = ['--work-dir', str(tmp_path), *shapes_options(shapes, option)]
+    # A name of its own: mmengine warns of a second visualizer of one name in
+    # one process, and another test may have built the first.
+    options = shapes_options(shapes, option, 'visualizer.name=channels')
+    words = ['--work-dir', str(tmp_path), *options]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', ['train', SHAPES, *words])
     with pytest.raises(SystemExit, match=f'error: {message}'):

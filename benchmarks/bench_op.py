@@ -8,11 +8,15 @@ Writes ``results.json`` (with machine, versions and commit), ``table.md`` and
 ``plot.png`` to the folder given.
 
 The methods take turns, so that a disturbance of the machine hits all of them;
-medians are reported. CARAFE starts from logits, whose prediction is not timed,
-in all three of its forms: the operator (the compiled library or Triton), the
-PyTorch path (``mmcarafe.ops.reference``), and the usual formulation in
-PyTorch, which unfolds the features. The other learned methods include all of
-their convolutions.
+medians are reported. ``--methods`` leaves out slow ones: the others then get
+more rounds in the same time. CARAFE starts from logits, whose prediction is
+not timed, in all three of its forms: the operator (the compiled library or
+Triton), the PyTorch path (``mmcarafe.ops.reference``), and the usual
+formulation in PyTorch, which unfolds the features. The other learned methods
+include all of their convolutions.
+
+On a CPU, the report also says how many multiply-adds a second a convolution
+reaches: processors of one name differ in the width of their arithmetic.
 
 On a GPU (``--device cuda``) there are more methods to compare with; see
 gpu_baselines.py. mmcv's own operator is measured if mmcv is installed with its
@@ -208,8 +212,24 @@ def kept_memory(function, tensors):
     return sum(kept.values())
 
 
-def measure(shape, dtype, device, memory_format, budget, mmcv=None):
-    """Median seconds, peak and kept bytes of every method in every pass.
+def fma_rate():
+    """Multiply-adds a second of this CPU, in a convolution in fp32."""
+    channels, size = 256, 64
+    x = torch.randn(1, channels, size, size)
+    weight = torch.randn(channels, channels, 3, 3)
+
+    def run():
+        with torch.no_grad():
+            F.conv2d(x, weight, padding=1)
+
+    for _ in range(3):
+        run()
+    time = statistics.median(seconds(run, x.device) for _ in range(15))
+    return weight.numel() * size**2 / time
+
+
+def measure(shape, dtype, device, memory_format, budget, mmcv, chosen):
+    """Median seconds, peak and kept bytes of the chosen methods in every pass.
 
     A method that fails has an error instead.
     """
@@ -220,6 +240,8 @@ def measure(shape, dtype, device, memory_format, budget, mmcv=None):
     for pass_name, run_pass in PASSES.items():
         runs, kept = {}, {}
         for name, (function, tensors) in methods(features, mmcv).items():
+            if name not in chosen:
+                continue
             tensors = [tensor.detach().requires_grad_() for tensor in tensors]
             try:
                 grad = torch.randn_like(function(*tensors))
@@ -282,15 +304,16 @@ def environment(device):
             return 'unknown'
         return done.stdout.strip() if done.returncode == 0 else 'unknown'
 
-    processor = platform.processor() or platform.machine()
+    cpu = {}
     cpuinfo = Path('/proc/cpuinfo')
     if cpuinfo.exists():
-        names = [
-            line.split(':', 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith('model name')
-        ]
-        processor = names[0] if names else processor
+        lines = cpuinfo.read_text().split('\n\n')[0].splitlines()
+        cpu = {
+            key.strip(): value.strip()
+            for key, _, value in (line.partition(':') for line in lines)
+        }
+    processor = platform.processor() or platform.machine()
+    processor = cpu.get('model name', processor)
     return {
         'date': datetime.date.today().isoformat(),
         'commit': git('rev-parse', 'HEAD'),
@@ -299,6 +322,12 @@ def environment(device):
         if device.type == 'cuda'
         else processor,
         'cpu_capability': torch.backends.cpu.get_cpu_capability(),
+        'cpu_family_and_model': [cpu.get('cpu family'), cpu.get('model')],
+        'cpu_features': [
+            flag
+            for flag in cpu.get('flags', '').split()
+            if flag.startswith(('avx', 'fma', 'amx'))
+        ],
         'driver': gpu_baselines.driver() if device.type == 'cuda' else None,
         'cuda': torch.version.cuda,
         'cudnn': torch.backends.cudnn.version(),
@@ -316,8 +345,15 @@ def table(report):
     memory_format = report['memory_format'].replace('contiguous', 'NCHW')
     methods = {r['method'] for r in results}
     baseline = COPY if COPY in methods else 'bilinear'
+    rate = ''
+    if env.get('fma_per_second'):
+        rate = (
+            f' ({env["cpu_capability"]}, '
+            f'{env["fma_per_second"] / 1e9:.0f} G multiply-adds/s)'
+        )
     lines = [
-        f'{env["device"]}, {env["threads"]} threads, torch {env["torch"]}, '
+        f'{env["device"]}{rate}, {env["threads"]} threads, '
+        f'torch {env["torch"]}, '
         f'{report["dtype"]}, {memory_format}, x2, K = {KERNEL_SIZE}, '
         f'commit {env["commit"][:10]}'
     ]
@@ -443,6 +479,12 @@ def main():
         help='default: all of the device',
     )
     parser.add_argument(
+        '--methods',
+        nargs='+',
+        metavar='METHOD',
+        help='names as in the table, quoted; default: all',
+    )
+    parser.add_argument(
         '--mmcv-src', type=Path, help="mmcv's sources, to measure it on a GPU"
     )
     parser.add_argument(
@@ -472,6 +514,10 @@ def main():
     if on_gpu:
         torch.cuda.set_device(args.device.index or 0)
     mmcv = gpu_baselines.find_mmcv(args.mmcv_src) if on_gpu else None
+    known = methods(torch.zeros(1, 64, 2, 2, device=args.device), mmcv)
+    for name in args.methods or []:
+        if name not in known:
+            fail(f'--methods: there is no {name!r}, only {", ".join(known)}')
     if not args.tests_passed and not tests_pass(args.device):
         fail("the operator's tests fail, so nothing is measured")
     torch.manual_seed(0)
@@ -484,6 +530,8 @@ def main():
         else 'contiguous',
         'results': [],
     }
+    if not on_gpu:
+        report['environment']['fma_per_second'] = fma_rate()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.shapes or shapes:
         print(f'measuring {name}', flush=True)
@@ -496,6 +544,7 @@ def main():
             else torch.contiguous_format,
             args.budget,
             mmcv,
+            args.methods or known,
         )
         report['results'] += [{'shape': name, **r} for r in results]
         # After each shape: a crash loses no finished work.

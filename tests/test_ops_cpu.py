@@ -28,14 +28,15 @@ from mmcarafe.ops import carafe_from_logits, cpu, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Shapes of more than one block of 2 rows, 16 columns and 16 channels.
+# Shapes of more than one block, downwards or across, and of 16 channels.
 BLOCK_CASES = {
-    'blocks': Case(2, 20, 5, 37),
-    'blocks-k3': Case(1, 33, 4, 34, k=3),
-    'blocks-k1-s4': Case(1, 16, 3, 40, k=1, s=4),
-    'blocks-k7-s1-groups': Case(1, 34, 6, 33, k=7, g=2, s=1),
-    'blocks-s3-groups': Case(2, 18, 3, 21, k=3, g=2, s=3),
-    'blocks-k11': Case(1, 5, 7, 18, k=11),
+    'blocks': Case(2, 20, 19, 37),
+    'blocks-wide': Case(1, 5, 3, 205),
+    'blocks-k3': Case(1, 33, 18, 34, k=3),
+    'blocks-k1-s4': Case(1, 16, 17, 40, k=1, s=4),
+    'blocks-k7-s1-groups': Case(1, 34, 18, 33, k=7, g=2, s=1),
+    'blocks-s3-groups': Case(2, 18, 17, 21, k=3, g=2, s=3),
+    'blocks-k11': Case(1, 5, 7, 45, k=11),
 }
 all_cases = pytest.mark.parametrize(
     'case',
@@ -147,14 +148,6 @@ def test_non_finite_logits_behave_as_in_the_reference(library, options, value):
         torch.testing.assert_close(result, rounded, equal_nan=True)
 
 
-def test_sums_that_only_one_side_knows_are_an_error(library, monkeypatch):
-    """cpu.cpp would read the statistics that cpu.py did not allocate."""
-    monkeypatch.setattr(reference, 'SUM_TO_ONE', ())
-    features, scores, grad = inputs(CASES['k3'])
-    with pytest.raises(RuntimeError, match='another version of cpu.cpp'):
-        library.reassemble_grad_features(grad, scores, 'softmax')
-
-
 def test_non_finite_features_and_gradients_stay_where_they_are(library):
     features, weights, grad = inputs(Case(1, 3, 7, 19))
     features[0, 1, 0, 0] = features[0, 1, 3, 15] = torch.nan
@@ -183,10 +176,14 @@ def test_every_16_bit_number_is_read_and_rounded_as_by_torch(
 
 @all_dtypes
 @all_layouts
-def test_threads_do_not_change_a_bit(library, dtype, layout, threads):
-    tensors = inputs(Case(2, 67, 11, 37), dtype, layout)
+@pytest.mark.parametrize(
+    'case', [Case(2, 67, 11, 37), Case(1, 400, 4, 50)], ids=['down', 'across']
+)
+def test_threads_do_not_change_a_bit(library, dtype, layout, case, threads):
+    """More threads get more and smaller blocks."""
+    tensors = inputs(case, dtype, layout)
     results = []
-    for count in (1, 2, 5, 2):
+    for count in (1, 2, 5, 9, 2):
         threads(count)
         results.append(run(library, *tensors))
     for other in results[1:]:

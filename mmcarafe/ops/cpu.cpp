@@ -5,16 +5,20 @@
 // once per vector width (see setup.py), and cpu.py loads the widest that the
 // machine runs.
 //
-// All three operators work in the same way. A block is ROWS by COLUMNS source
+// All three operators work in the same way. A block is a rectangle of source
 // pixels; neighbouring columns are the lanes of a vector. Blocks are the outer
 // loop and channels the inner one: the weights of a block, K*K*S*S for each of
 // its pixels, stay in the cache while the channels of the group stream past
 // them, CHUNK at a time, through small buffers. Only the copies to and from
 // these buffers know of dtypes, memory formats and borders; the arithmetic
-// between them sees dense rows with zeros around the map.
+// between them sees dense rows.
+//
+// Memory costs more than arithmetic, so blocks are as wide as the map where
+// they can be, and several rows high: what is copied is long and contiguous,
+// and little of it, the surroundings of a block, is copied more than once.
 //
 // A block writes outputs that no other block writes, and adds up everything
-// for them in one fixed order, so results do not depend on the threads.
+// for them in one order that depends on neither the block nor the threads.
 
 #include <algorithm>
 #include <atomic>
@@ -47,13 +51,22 @@ constexpr int VECTOR_BYTES = 16;
 // How many sums are kept in registers at once.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int SUMS = 16;
+#elif defined(__AVX2__)
+constexpr int SUMS = 12;
 #else
 constexpr int SUMS = 8;
 #endif
 
-constexpr int ROWS = 2;
+// Source pixels of a row whose weights lie together: a multiple of LANES.
 constexpr int COLUMNS = 16;
-constexpr int CHUNK = 16;
+
+// Channels that are copied at once: a multiple of LANES, so that they can be
+// transposed, and of the channels of the tiles below.
+constexpr int CHUNK = SUMS == 12 ? 24 : 16;
+
+// Bytes for the weights of a block. They share the second-level cache of a
+// core, half a MiB or more, with CHUNK channels of the block.
+constexpr int64_t WEIGHTS_BYTES = 320 * 1024;
 
 // In the order of the tuples in reference.py.
 enum Border { ZEROS, RENORMALIZE };
@@ -72,7 +85,6 @@ struct Arguments {
   int64_t scores_strides[7];
   void *grad_scores;  // [N, G, K*K, S, S, H, W]
   int64_t grad_scores_strides[7];
-  void *statistics;  // [2, N, G, S*S, H, W]: see GradFeatures
 };
 
 // ---------------------------------------------------------------------------
@@ -146,17 +158,28 @@ template <class A> inline void store(A *to, Vector<A> x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// a0 b0 a1 b1 ..., its first or its second half
-template <int FIRST, class V, int... I>
-inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
-  constexpr int L = sizeof...(I);
+// The elements FROM... of a and b, those of b counted on from those of a
+template <int... FROM, class V> inline V shuffle(V a, V b) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (FIRST + I / 2 + I % 2 * L)...);
+  return __builtin_shufflevector(a, b, FROM...);
 #else
   typedef std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t> Index;
   typedef Index Indices __attribute__((vector_size(VECTOR_BYTES)));
-  return __builtin_shuffle(a, b, Indices{(FIRST + I / 2 + I % 2 * L)...});
+  return __builtin_shuffle(a, b, Indices{FROM...});
 #endif
+}
+
+// a0 b0 a1 b1 ..., its first or its second half
+template <bool SECOND, class V, int... I>
+inline V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+  return shuffle<(SECOND * L / 2 + I / 2 + I % 2 * L)...>(a, b);
+}
+
+// The elements of a and b with an even or with an odd number
+template <bool ODD, class V, int... I>
+inline V deinterleave(V a, V b, std::integer_sequence<int, I...>) {
+  return shuffle<(ODD + 2 * I)...>(a, b);
 }
 
 // Interleaving the upper with the lower half of the rows rotates the bits of
@@ -168,7 +191,7 @@ template <class A> inline void transpose(Vector<A> (&x)[LANES<A>]) {
     Vector<A> y[L];
     for (int i = 0; i < L / 2; ++i) {
       y[2 * i] = interleave<0>(x[i], x[i + L / 2], lanes);
-      y[2 * i + 1] = interleave<L / 2>(x[i], x[i + L / 2], lanes);
+      y[2 * i + 1] = interleave<1>(x[i], x[i + L / 2], lanes);
     }
     std::copy(y, y + L, x);
   }
@@ -201,64 +224,81 @@ inline Vector<float> exp_nonpositive(Vector<float> x) {
 // ---------------------------------------------------------------------------
 // Copies between tensors and buffers
 
-// Calls body(i) so that its ranges [i, i + L) cover [0, count): the last one
-// overlaps its neighbour rather than reaching beyond the end.
+// Calls body(i, width) so that its ranges [i, i + width) cover [0, count).
+// They are L wide: the last one overlaps its neighbour rather than reaching
+// beyond the end. Only a count below L makes a narrower one.
 template <int L, class Body>
 inline void for_overlapping(int64_t count, Body body) {
+  constexpr std::integral_constant<int64_t, L> whole;
+  if (count < L)
+    return body(0, count);
   for (int64_t i = 0; i < count - L; i += L)
-    body(i);
-  body(count - L);
+    body(i, whole);
+  body(count - L, whole);
 }
 
-// to[r, c] = from[r, c], dense columns to dense columns
+// to_0[i], to_1[i] = from[2 * i], from[2 * i + 1] for L values of i
 template <class T, class A>
-inline void read_row(A *to, const T *from, int64_t count) {
+inline void read_pairs(A *to_0, A *to_1, const T *from) {
   constexpr int L = LANES<A>;
-  if (count >= L)
-    for_overlapping<L>(count, [=](int64_t c) {
-      for (int i = 0; i < L; ++i)
-        to[c + i] = widen(from[c + i]);
-    });
-  else
-    for (int64_t c = 0; c < count; ++c)
-      to[c] = widen(from[c]);
+  constexpr std::make_integer_sequence<int, L> lanes;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    const Vector<A> a = load(from), b = load(from + L);
+    store(to_0, deinterleave<0>(a, b, lanes));
+    store(to_1, deinterleave<1>(a, b, lanes));
+  } else {
+    for (int i = 0; i < L; ++i) {
+      uint32_t pair;
+      std::memcpy(&pair, from + 2 * i, sizeof pair);
+      to_0[i] = widen(T{uint16_t(pair)});
+      to_1[i] = widen(T{uint16_t(pair >> 16)});
+    }
+  }
 }
 
+// to[2 * i], to[2 * i + 1] = from_0[i], from_1[i] for L values of i
 template <class T, class A>
-inline void write_row(T *to, const A *from, int64_t count) {
+inline void write_pairs(T *to, const A *from_0, const A *from_1) {
   constexpr int L = LANES<A>;
-  if (count >= L)
-    for_overlapping<L>(count, [=](int64_t c) {
-      for (int i = 0; i < L; ++i)
-        narrow(from[c + i], to[c + i]);
-    });
-  else
-    for (int64_t c = 0; c < count; ++c)
-      narrow(from[c], to[c]);
+  constexpr std::make_integer_sequence<int, L> lanes;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    const Vector<A> a = load(from_0), b = load(from_1);
+    store(to, interleave<0>(a, b, lanes));
+    store(to + L, interleave<1>(a, b, lanes));
+  } else {
+    for (int i = 0; i < L; ++i) {
+      T a, b;
+      narrow(from_0[i], a);
+      narrow(from_1[i], b);
+      const uint32_t pair = a.bits | uint32_t(b.bits) << 16;
+      std::memcpy(to + 2 * i, &pair, sizeof pair);
+    }
+  }
 }
 
 // to[r * pitch + c] = from[r * row + c * column] for 0 <= c < count
 template <class T, class A>
-void read(A *to, int64_t pitch, const T *from, int64_t rows, int64_t count,
-          int64_t row, int64_t column) {
+__attribute__((noinline)) void read(A *to, int64_t pitch, const T *from,
+                                    int64_t rows, int64_t count, int64_t row,
+                                    int64_t column) {
   constexpr int L = LANES<A>;
   int64_t r = 0;
   if (column == 1) {
     for (; r < rows; ++r)
-      read_row(to + r * pitch, from + r * row, count);
+      for_overlapping<L>(count, [=](int64_t c, auto width) {
+        for (int i = 0; i < width; ++i)
+          to[r * pitch + c + i] = widen(from[r * row + c + i]);
+      });
   } else if (row == 1 && column == 2 && rows == 2 && count >= L) {
-    for_overlapping<L>(count, [=](int64_t c) {
-      for (int i = 0; i < L; ++i) {
-        to[c + i] = widen(from[2 * (c + i)]);
-        to[pitch + c + i] = widen(from[2 * (c + i) + 1]);
-      }
+    for_overlapping<L>(count, [=](int64_t c, auto) {
+      read_pairs(to + c, to + pitch + c, from + 2 * c);
     });
     r = 2;
-  } else if (row == 1 && count >= L) {
-    for (; r + L <= rows; r += L)
-      for_overlapping<L>(count, [=](int64_t c) {
-        Vector<A> x[L];
-        for (int i = 0; i < L; ++i) {
+  } else if (row == 1) {
+    for (; r + L <= rows; r += L) {
+      for_overlapping<L>(count, [=](int64_t c, auto width) {
+        Vector<A> x[L] = {};
+        for (int i = 0; i < width; ++i) {
           A values[L];
           for (int j = 0; j < L; ++j)
             values[j] = widen(from[r + j + (c + i) * column]);
@@ -266,8 +306,9 @@ void read(A *to, int64_t pitch, const T *from, int64_t rows, int64_t count,
         }
         transpose<A>(x);
         for (int j = 0; j < L; ++j)
-          store(to + (r + j) * pitch + c, x[j]);
+          std::memcpy(to + (r + j) * pitch + c, &x[j], width * sizeof(A));
       });
+    }
   }
   for (; r < rows; ++r)
     for (int64_t c = 0; c < count; ++c)
@@ -283,50 +324,48 @@ __attribute__((noinline)) void write(T *to, int64_t row, int64_t column,
   int64_t r = 0;
   if (column == 1) {
     for (; r < rows; ++r)
-      write_row(to + r * row, from + r * pitch, count);
+      for_overlapping<L>(count, [=](int64_t c, auto width) {
+        for (int i = 0; i < width; ++i)
+          narrow(from[r * pitch + c + i], to[r * row + c + i]);
+      });
   } else if (row == 1 && column == 2 && rows == 2 && count >= L) {
-    for_overlapping<L>(count, [=](int64_t c) {
-      for (int i = 0; i < L; ++i) {
-        narrow(from[c + i], to[2 * (c + i)]);
-        narrow(from[pitch + c + i], to[2 * (c + i) + 1]);
-      }
+    for_overlapping<L>(count, [=](int64_t c, auto) {
+      write_pairs(to + 2 * c, from + c, from + pitch + c);
     });
     r = 2;
-  } else if (row == 1 && count >= L) {
-    for (; r + L <= rows; r += L)
-      for_overlapping<L>(count, [=](int64_t c) {
-        Vector<A> x[L];
+  } else if (row == 1) {
+    for (; r + L <= rows; r += L) {
+      for_overlapping<L>(count, [=](int64_t c, auto width) {
+        Vector<A> x[L] = {};
         for (int j = 0; j < L; ++j)
-          x[j] = load(from + (r + j) * pitch + c);
+          std::memcpy(&x[j], from + (r + j) * pitch + c, width * sizeof(A));
         transpose<A>(x);
-        for (int i = 0; i < L; ++i) {
+        for (int i = 0; i < width; ++i) {
           A values[L];
           store(values, x[i]);
           for (int j = 0; j < L; ++j)
             narrow(values[j], to[r + j + (c + i) * column]);
         }
       });
+    }
   }
   for (; r < rows; ++r)
     for (int64_t c = 0; c < count; ++c)
       narrow(from[r * pitch + c], to[r * row + c * column]);
 }
 
-// Like read(), for columns [first, first + count) of a map with limit columns;
-// those outside the map are zero.
+// Like read(), into rows of width: those columns, and left zeros before them.
 template <class T, class A>
 __attribute__((noinline)) void
-read_padded(A *to, int64_t pitch, const T *from, int64_t rows, int64_t count,
-            int64_t row, int64_t column, int64_t first, int64_t limit) {
-  const int64_t begin = std::clamp<int64_t>(-first, 0, count);
-  const int64_t end = std::clamp<int64_t>(limit - first, begin, count);
-  for (int64_t r = 0; r < rows && (begin > 0 || end < count); ++r) {
-    std::fill(to + r * pitch, to + r * pitch + begin, A(0));
-    std::fill(to + r * pitch + end, to + r * pitch + count, A(0));
-  }
-  if (begin < end)
-    read(to + begin, pitch, from + (first + begin) * column, rows, end - begin,
-         row, column);
+read_padded(A *to, int64_t pitch, int64_t left, int64_t width, const T *from,
+            int64_t rows, int64_t count, int64_t row, int64_t column) {
+  if (left > 0 || left + count < width)
+    for (int64_t r = 0; r < rows; ++r) {
+      std::fill(to + r * pitch, to + r * pitch + left, A(0));
+      std::fill(to + r * pitch + left + count, to + r * pitch + width, A(0));
+    }
+  if (count > 0)
+    read(to + left, pitch, from, rows, count, row, column);
 }
 
 // ---------------------------------------------------------------------------
@@ -351,17 +390,13 @@ template <int MODE, class V> inline V rise(V logit, V top) {
 template <class F> inline bool with_normalizer(int64_t normalizer, F f) {
   switch (normalizer) {
   case SOFTMAX:
-    f(std::integral_constant<int, SOFTMAX>());
-    return true;
+    return f(std::integral_constant<int, SOFTMAX>()), true;
   case SIGMOID_NORMALIZED:
-    f(std::integral_constant<int, SIGMOID_NORMALIZED>());
-    return true;
+    return f(std::integral_constant<int, SIGMOID_NORMALIZED>()), true;
   case SIGMOID:
-    f(std::integral_constant<int, SIGMOID>());
-    return true;
+    return f(std::integral_constant<int, SIGMOID>()), true;
   case NONE:
-    f(std::integral_constant<int, NONE>());
-    return true;
+    return f(std::integral_constant<int, NONE>()), true;
   }
   return false;
 }
@@ -370,11 +405,10 @@ constexpr bool has_sum(int mode) {
   return mode == SOFTMAX || mode == SIGMOID_NORMALIZED;
 }
 
-// Turns scores into weights, [K*K, S*S, COLUMNS]. Where these depend on a sum
-// over the taps, also gives the top and scale of above, each [S*S, COLUMNS].
+// Turns scores into weights, [K*K, S*S, COLUMNS].
 template <int MODE, class A>
-void normalize_mode(const A *logits, A *weights, A *tops, A *scales,
-                    int64_t taps, int64_t subpixels) {
+void normalize_mode(const A *logits, A *weights, int64_t taps,
+                    int64_t subpixels) {
   typedef Vector<A> V;
   const int64_t size = subpixels * COLUMNS;  // of one tap
   for (int64_t at = 0; at < size; at += LANES<A>) {
@@ -393,21 +427,10 @@ void normalize_mode(const A *logits, A *weights, A *tops, A *scales,
       store(weights + k * size + at, x);
       sum += x;
     }
-    if (has_sum(MODE)) {
+    if (has_sum(MODE))
       for (int64_t k = 0; k < taps; ++k)
         store(weights + k * size + at, load(weights + k * size + at) / sum);
-      store(tops + at, top);
-      store(scales + at, 1 / sum);
-    }
   }
-}
-
-// Turns count scores into weights, given the top and scale of each of them.
-template <int MODE, class A>
-void reweigh_mode(A *logits, const A *tops, const A *scales, int64_t count) {
-  for (int64_t at = 0; at < count; at += LANES<A>)
-    store(logits + at,
-          rise<MODE>(load(logits + at), load(tops + at)) * load(scales + at));
 }
 
 // Turns the gradient of the weights into that of the scores, in place.
@@ -437,19 +460,21 @@ void normalize_backward_mode(const A *logits, const A *weights, A *grad,
 }
 
 // ---------------------------------------------------------------------------
-// Arithmetic on one row of a block. Pitches are distances in buffers. A
-// template argument of 0 means that the number is known at run time only.
+// Arithmetic on COLUMNS source pixels of a row. Pitches are distances in
+// buffers. A template argument of 0 means that the number is known at run time
+// only.
 
 // y[c, p] = sum over k of x[c, k] * w[k, p], for SUBPIXELS subpixels p
 template <int KERNEL, int SUBPIXELS, class A>
 inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
-                            const A *w, A *y, int64_t kernel,
+                            const A *w, A *y, int64_t y_pitch, int64_t kernel,
                             int64_t subpixels, int64_t channels,
                             int64_t columns) {
   constexpr int CHANNELS = SUMS / SUBPIXELS;
+  static_assert(CHUNK % CHANNELS == 0, "whole tiles");
   const int64_t K = KERNEL ? KERNEL : kernel;
-  for (int64_t c = 0; c < channels; c += CHANNELS)
-    for (int64_t v = 0; v < columns; v += LANES<A>) {
+  for (int64_t v = 0; v < columns; v += LANES<A>)
+    for (int64_t c = 0; c < channels; c += CHANNELS) {
       Vector<A> sum[CHANNELS][SUBPIXELS] = {};
       for (int64_t ky = 0; ky < K; ++ky)
         for (int64_t kx = 0; kx < K; ++kx) {
@@ -465,57 +490,70 @@ inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
         }
       for (int i = 0; i < CHANNELS; ++i)
         for (int p = 0; p < SUBPIXELS; ++p)
-          store(y + ((c + i) * subpixels + p) * COLUMNS + v, sum[i][p]);
+          store(y + ((c + i) * subpixels + p) * y_pitch + v, sum[i][p]);
     }
 }
 
-// x [CHUNK, K, pitch], w [K*K, S*S, COLUMNS] -> y [CHUNK, S*S, COLUMNS]
+// x [CHUNK, K, pitch], w [K*K, S*S, COLUMNS] -> y [CHUNK, S*S, y_pitch]
 template <int KERNEL, class A>
 void reassemble_row(const A *x, int64_t x_pitch, int64_t pitch, const A *w,
-                    A *y, int64_t kernel, int64_t subpixels, int64_t channels,
-                    int64_t columns) {
+                    A *y, int64_t y_pitch, int64_t kernel, int64_t subpixels,
+                    int64_t channels, int64_t columns) {
   int64_t p = 0;
   for (; p + 4 <= subpixels; p += 4)
     reassemble_tile<KERNEL, 4>(x, x_pitch, pitch, w + p * COLUMNS,
-                               y + p * COLUMNS, kernel, subpixels, channels,
-                               columns);
+                               y + p * y_pitch, y_pitch, kernel, subpixels,
+                               channels, columns);
   for (; p < subpixels; ++p)
     reassemble_tile<KERNEL, 1>(x, x_pitch, pitch, w + p * COLUMNS,
-                               y + p * COLUMNS, kernel, subpixels, channels,
-                               columns);
+                               y + p * y_pitch, y_pitch, kernel, subpixels,
+                               channels, columns);
 }
 
-// g [CHUNK, K, S*S, pitch], w [K*K, S*S, COLUMNS] -> x [CHUNK, COLUMNS]
-template <int KERNEL, int SUBPIXELS, class A>
-void gather_row(const A *g, int64_t g_pitch, int64_t pitch, const A *w, A *x,
-                int64_t kernel, int64_t subpixels, int64_t channels,
-                int64_t columns) {
+// x[kx, c] = sum over ky and p of w[ky, kx, p] * g[c, ky, p]. Of gradient and
+// weights, row ky is ky rows before the one pointed to.
+// g [CHUNK, rows, S*S, pitch], w [rows, ..., K*K, S*S, COLUMNS]
+// -> x [K, CHUNK, x_pitch]
+template <int KERNEL, class A>
+void scatter_row(const A *g, int64_t g_pitch, int64_t pitch, const A *w,
+                 int64_t w_pitch, A *x, int64_t x_pitch, int64_t kernel,
+                 int64_t ky_begin, int64_t ky_end, int64_t subpixels,
+                 int64_t channels, int64_t columns) {
+  constexpr int TAPS = KERNEL ? KERNEL : 1;
+  constexpr int CHANNELS = TAPS == 1 ? 8 : SUMS < 16 ? 2 : 4;
+  static_assert(CHUNK % CHANNELS == 0, "whole tiles");
   const int64_t K = KERNEL ? KERNEL : kernel;
-  if (SUBPIXELS)
-    subpixels = SUBPIXELS;
-  for (int64_t c = 0; c < channels; c += SUMS)
-    for (int64_t v = 0; v < columns; v += LANES<A>) {
-      Vector<A> sum[SUMS] = {};
-      for (int64_t ky = 0; ky < K; ++ky)
-        for (int64_t p = 0; p < subpixels; ++p)
-          for (int64_t kx = 0; kx < K; ++kx) {
-            const Vector<A> weight =
-                load(w + ((ky * K + kx) * subpixels + p) * COLUMNS + v);
-            for (int i = 0; i < SUMS; ++i)
-              sum[i] += weight * load(g + (c + i) * g_pitch +
-                                      (ky * subpixels + p) * pitch + kx + v);
+  for (int64_t kx = 0; kx < K; kx += TAPS)
+    for (int64_t v = 0; v < columns; v += LANES<A>)
+      for (int64_t c = 0; c < channels; c += CHANNELS) {
+        Vector<A> sum[TAPS][CHANNELS] = {};
+        for (int64_t ky = ky_begin; ky < ky_end; ++ky)
+          for (int64_t p = 0; p < subpixels; ++p) {
+            const A *g_p = g + c * g_pitch + (p - ky * subpixels) * pitch + v;
+            const A *w_p = w - ky * w_pitch + v +
+                           ((ky * K + kx) * subpixels + p) * COLUMNS;
+            Vector<A> value[CHANNELS];
+            for (int i = 0; i < CHANNELS; ++i)
+              value[i] = load(g_p + i * g_pitch);
+            for (int t = 0; t < TAPS; ++t) {
+              const Vector<A> weight = load(w_p + t * subpixels * COLUMNS);
+              for (int i = 0; i < CHANNELS; ++i)
+                sum[t][i] += weight * value[i];
+            }
           }
-      for (int i = 0; i < SUMS; ++i)
-        store(x + (c + i) * COLUMNS + v, sum[i]);
-    }
+        for (int t = 0; t < TAPS; ++t)
+          for (int i = 0; i < CHANNELS; ++i)
+            store(x + ((kx + t) * CHUNK + c + i) * x_pitch + v, sum[t][i]);
+      }
 }
 
 // w[k, p] += sum over c of x[c, k] * g[c, p], for TAPS taps k of one tap row
 // and SUBPIXELS subpixels p
 template <int TAPS, int SUBPIXELS, class A>
 inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
-                           int64_t g_pitch, A *w, int64_t subpixels,
-                           int64_t channels, int64_t columns) {
+                           int64_t g_pitch, int64_t pitch, A *w,
+                           int64_t subpixels, int64_t channels,
+                           int64_t columns) {
   for (int64_t v = 0; v < columns; v += LANES<A>) {
     Vector<A> sum[TAPS][SUBPIXELS];
     for (int t = 0; t < TAPS; ++t)
@@ -524,7 +562,7 @@ inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
     for (int64_t c = 0; c < channels; ++c) {
       Vector<A> grad[SUBPIXELS];
       for (int p = 0; p < SUBPIXELS; ++p)
-        grad[p] = load(g + c * g_pitch + p * COLUMNS + v);
+        grad[p] = load(g + c * g_pitch + p * pitch + v);
       for (int t = 0; t < TAPS; ++t) {
         const Vector<A> value = load(x + c * x_pitch + t + v);
         for (int p = 0; p < SUBPIXELS; ++p)
@@ -537,13 +575,13 @@ inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
   }
 }
 
-// x [CHUNK, K, pitch], g [CHUNK, S*S, COLUMNS]
+// x [CHUNK, K, pitch], g [CHUNK, S*S, g_tap]
 // -> added to w [K*K, S*S, COLUMNS]
 template <int KERNEL, class A>
 void correlate_row(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
-                   int64_t g_pitch, A *w, int64_t kernel, int64_t subpixels,
-                   int64_t channels, int64_t columns) {
-  constexpr int TAPS = KERNEL ? KERNEL : 1, SUBPIXELS = SUMS / 4;
+                   int64_t g_pitch, int64_t g_tap, A *w, int64_t kernel,
+                   int64_t subpixels, int64_t channels, int64_t columns) {
+  constexpr int TAPS = KERNEL ? KERNEL : 1, SUBPIXELS = SUMS < 16 ? 2 : 4;
   const int64_t K = KERNEL ? KERNEL : kernel;
   for (int64_t ky = 0; ky < K; ++ky)
     for (int64_t kx = 0; kx < K; kx += TAPS) {
@@ -551,11 +589,11 @@ void correlate_row(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
       A *w_k = w + (ky * K + kx) * subpixels * COLUMNS;
       int64_t p = 0;
       for (; p + SUBPIXELS <= subpixels; p += SUBPIXELS)
-        correlate_tile<TAPS, SUBPIXELS>(x_k, x_pitch, g + p * COLUMNS, g_pitch,
-                                        w_k + p * COLUMNS, subpixels, channels,
-                                        columns);
+        correlate_tile<TAPS, SUBPIXELS>(x_k, x_pitch, g + p * g_tap, g_pitch,
+                                        g_tap, w_k + p * COLUMNS, subpixels,
+                                        channels, columns);
       for (; p < subpixels; ++p)
-        correlate_tile<TAPS, 1>(x_k, x_pitch, g + p * COLUMNS, g_pitch,
+        correlate_tile<TAPS, 1>(x_k, x_pitch, g + p * g_tap, g_pitch, g_tap,
                                 w_k + p * COLUMNS, subpixels, channels,
                                 columns);
     }
@@ -576,160 +614,204 @@ public:
   operator A *() { return reinterpret_cast<A *>(lines_.data()); }
 };
 
-// Copies between a block and buffers that hold it, CHUNK channels from c on.
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+struct Area {
+  int64_t y, x, rows, columns;
+};
+
+// Where the blocks are, and copies between one of them and buffers that hold
+// it, CHUNK channels from c on.
 template <class T> struct Block {
   typedef Accumulator<T> A;
 
   const Arguments &a;
   const int64_t K, S, radius, taps, subpixels, group_channels;
-  const int64_t lines;                // of source pixels that a block reads
-  const int64_t pitch;                // from line to line
-  const int64_t weights_size;         // of one row
-  int64_t n, g, h, w, rows, columns;  // where the block is, and its extent
+  const int64_t weights_size;  // of COLUMNS source pixels
+  const int64_t reach;         // how far around a block weights are wanted
+  int64_t down, across;        // blocks of a map
+  int64_t rows, lanes;         // of wide, at most; lanes: whole COLUMNS
+  int64_t lines, pitch;        // of a block with the windows of its pixels
+  int64_t n, g;
+  Area block, wide;  // wide: the block and its reach, inside the map
 
-  explicit Block(const Arguments &arguments)
+  Block(const Arguments &arguments, int64_t threads, bool reaches)
       : a(arguments), K(a.K), S(a.S), radius(K / 2), taps(K * K),
-        subpixels(S * S), group_channels(a.C / a.G), lines(K + ROWS - 1),
-        pitch((COLUMNS + K - 1 + 7) / 8 * 8),
-        weights_size(taps * subpixels * COLUMNS) {}
+        subpixels(S * S), group_channels(a.C / a.G),
+        weights_size(taps * subpixels * COLUMNS), reach(reaches ? radius : 0) {
+    const int64_t pixels = WEIGHTS_BYTES / (taps * subpixels * sizeof(A));
+    const int64_t widest = std::clamp<int64_t>(pixels / 4, COLUMNS, 192);
+    across = divide_up(a.W, widest);
+    const int64_t width = round_up(divide_up(a.W, across), COLUMNS);
+    down = divide_up(a.H, std::clamp<int64_t>(pixels / width, 2, 16));
+    // Where there are few blocks, every thread gets equally many.
+    const int64_t maps = a.N * a.G, blocks = maps * down * across;
+    if (blocks < 8 * threads) {
+      const int64_t wanted = round_up(blocks, threads);
+      down = std::min(divide_up(wanted, maps * across),
+                      std::max(down, divide_up(a.H, 2)));
+      across = std::clamp(divide_up(threads, maps * down), across,
+                          std::max(across, divide_up(a.W, COLUMNS)));
+    }
+    rows = std::min(divide_up(a.H, down) + 2 * reach, a.H);
+    lanes =
+        round_up(std::min(divide_up(a.W, across) + 2 * reach, a.W), COLUMNS);
+    lines = divide_up(a.H, down) + K - 1;
+    pitch = round_up(lanes + K - 1, 8);
+  }
 
-  static int64_t down(const Arguments &a) { return (a.H + ROWS - 1) / ROWS; }
-  static int64_t across(const Arguments &a) {
-    return (a.W + COLUMNS - 1) / COLUMNS;
-  }
-  static int64_t count(const Arguments &a) {
-    return a.N * a.G * down(a) * across(a);
-  }
+  int64_t count() const { return a.N * a.G * down * across; }
+  int64_t row_weights() const { return lanes / COLUMNS * weights_size; }
 
   void seek(int64_t item) {
-    w = item % across(a) * COLUMNS;
-    item /= across(a);
-    h = item % down(a) * ROWS;
-    item /= down(a);
+    const int64_t column = item % across, row = item / across % down;
+    item /= across * down;
     g = item % a.G;
     n = item / a.G;
-    rows = std::min<int64_t>(ROWS, a.H - h);
-    columns = std::min<int64_t>(COLUMNS, a.W - w);
+    block.y = a.H * row / down;
+    block.x = a.W * column / across;
+    block.rows = a.H * (row + 1) / down - block.y;
+    block.columns = a.W * (column + 1) / across - block.x;
+    wide.y = std::max<int64_t>(0, block.y - reach);
+    wide.x = std::max<int64_t>(0, block.x - reach);
+    wide.rows = std::min(a.H, block.y + block.rows + reach) - wide.y;
+    wide.columns = std::min(a.W, block.x + block.columns + reach) - wide.x;
+  }
+
+  // Calls f(v, columns) for the columns of wide, COLUMNS at a time: those from
+  // v on.
+  template <class F> void for_columns(F f) const {
+    for (int64_t v = 0; v < wide.columns; v += COLUMNS)
+      f(v, std::min<int64_t>(COLUMNS, wide.columns - v));
+  }
+
+  // Channel c of the group in low or high
+  T *channel(void *map, const int64_t *strides, int64_t c) const {
+    return static_cast<T *>(map) + n * strides[0] +
+           (g * group_channels + c) * strides[1];
   }
 
   // low, with K/2 pixels around the block -> [CHUNK, lines, pitch]
   void read_low(A *to, int64_t c, int64_t channels) const {
     const int64_t *strides = a.low_strides;
-    const T *from = static_cast<const T *>(a.low) + n * strides[0] +
-                    (g * group_channels + c) * strides[1];
-    for (int64_t r = 0; r < rows + K - 1; ++r) {
-      const int64_t y = h - radius + r;
+    const int64_t x = block.x - radius, begin = std::max<int64_t>(x, 0);
+    const int64_t end = std::min(block.x + block.columns + radius, a.W);
+    for (int64_t r = 0; r < block.rows + K - 1; ++r) {
+      const int64_t y = block.y - radius + r;
       const bool inside = y >= 0 && y < a.H;
-      read_padded(to + r * pitch, lines * pitch,
-                  from + (inside ? y : 0) * strides[2], channels,
-                  columns + K - 1, strides[1], strides[3], w - radius,
-                  inside ? a.W : 0);
+      read_padded(to + r * pitch, lines * pitch, begin - x,
+                  block.columns + K - 1,
+                  channel(a.low, strides, c) + (inside ? y : 0) * strides[2] +
+                      begin * strides[3],
+                  channels, inside ? end - begin : 0, strides[1], strides[3]);
     }
   }
 
-  // [ROWS, CHUNK, COLUMNS] -> low
-  void write_low(const A *from, int64_t c, int64_t channels) const {
-    const int64_t *strides = a.low_strides;
-    for (int64_t r = 0; r < rows; ++r)
-      write(static_cast<T *>(a.low) + n * strides[0] +
-                (g * group_channels + c) * strides[1] + (h + r) * strides[2] +
-                w * strides[3],
-            strides[1], strides[3], from + r * CHUNK * COLUMNS, COLUMNS,
-            channels, columns);
-  }
-
-  // high, with margin source pixels around the block
-  // -> [CHUNK, ROWS + 2 * margin, S*S, to_pitch]
-  void read_high(A *to, int64_t to_pitch, int64_t margin, int64_t c,
+  // [CHUNK, from_pitch] -> low, row r of the block
+  void write_low(const A *from, int64_t from_pitch, int64_t r, int64_t c,
                  int64_t channels) const {
-    const int64_t *strides = a.high_strides;
-    const T *from = static_cast<const T *>(a.high) + n * strides[0] +
-                    (g * group_channels + c) * strides[1];
-    const int64_t channel = (ROWS + 2 * margin) * subpixels * to_pitch;
-    const int64_t width = columns + 2 * margin;
-    for (int64_t r = 0; r < rows + 2 * margin; ++r) {
-      const int64_t y = h - margin + r;
-      const bool inside = y >= 0 && y < a.H;
-      for (int64_t i = 0; i < S; ++i) {
-        A *to_row = to + (r * S + i) * S * to_pitch;
-        const T *from_row = from + (inside ? S * y + i : 0) * strides[2];
-        if (strides[3] == 1)
-          for (int64_t j = 0; j < channels; ++j)
-            read_padded(to_row + j * channel, to_pitch,
-                        from_row + j * strides[1], S, width, 1, S, w - margin,
-                        inside ? a.W : 0);
-        else
-          for (int64_t j = 0; j < S; ++j)
-            read_padded(to_row + j * to_pitch, channel,
-                        from_row + j * strides[3], channels, width, strides[1],
-                        S * strides[3], w - margin, inside ? a.W : 0);
-      }
-    }
+    const int64_t *strides = a.low_strides;
+    write(channel(a.low, strides, c) + (block.y + r) * strides[2] +
+              block.x * strides[3],
+          strides[1], strides[3], from, from_pitch, channels, block.columns);
   }
 
-  // [ROWS, CHUNK, S*S, COLUMNS] -> high
+  // high, of wide -> [CHUNK, rows, S*S, lanes]
+  void read_high(A *to, int64_t c, int64_t channels) const {
+    const int64_t *strides = a.high_strides;
+    const int64_t channel_size = rows * subpixels * lanes;
+    for (int64_t r = 0; r < wide.rows; ++r)
+      for (int64_t i = 0; i < S; ++i) {
+        A *to_row = to + (r * S + i) * S * lanes;
+        const T *from_row = channel(a.high, strides, c) +
+                            (S * (wide.y + r) + i) * strides[2] +
+                            S * wide.x * strides[3];
+        if (strides[3] == 1)
+          for (int64_t j = 0; j < channels; ++j)
+            read(to_row + j * channel_size, lanes, from_row + j * strides[1],
+                 S, wide.columns, 1, S);
+        else
+          for (int64_t j = 0; j < S; ++j)
+            read(to_row + j * lanes, channel_size, from_row + j * strides[3],
+                 channels, wide.columns, strides[1], S * strides[3]);
+      }
+  }
+
+  // [rows, CHUNK, S*S, lanes] -> high. Channels with dense columns are written
+  // one by one, since the rows of a channel lie together.
   void write_high(const A *from, int64_t c, int64_t channels) const {
-    const int64_t *strides = a.high_strides;
-    T *to = static_cast<T *>(a.high) + n * strides[0] +
-            (g * group_channels + c) * strides[1] + S * w * strides[3];
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < S; ++i) {
-        T *to_row = to + (S * (h + r) + i) * strides[2];
-        const A *from_row = from + (r * CHUNK * S + i) * S * COLUMNS;
-        if (strides[3] == 1)
-          for (int64_t j = 0; j < channels; ++j)
-            write(to_row + j * strides[1], 1, S,
-                  from_row + j * subpixels * COLUMNS, COLUMNS, S, columns);
-        else
-          for (int64_t j = 0; j < S; ++j)
-            write(to_row + j * strides[3], strides[1], S * strides[3],
-                  from_row + j * COLUMNS, subpixels * COLUMNS, channels,
-                  columns);
-      }
+    const int64_t *strides = a.high_strides, channel_size = subpixels * lanes;
+    const bool dense = strides[3] == 1;
+    for (int64_t j = 0; j < (dense ? channels : 1); ++j)
+      for (int64_t r = 0; r < block.rows; ++r)
+        for (int64_t i = 0; i < S; ++i) {
+          T *to = channel(a.high, strides, c + j) +
+                  (S * (block.y + r) + i) * strides[2] +
+                  S * block.x * strides[3];
+          const A *from_row =
+              from + (r * CHUNK + j) * channel_size + i * S * lanes;
+          if (dense)
+            write(to, 1, S, from_row, lanes, S, block.columns);
+          else
+            for (int64_t k = 0; k < S; ++k)
+              write(to + k * strides[3], strides[1], S * strides[3],
+                    from_row + k * lanes, channel_size, channels,
+                    block.columns);
+        }
   }
 
-  // The scores of row r -> [K*K, S*S, COLUMNS]
-  void read_scores(A *to, int64_t r) const {
-    for (int64_t k = 0; k < taps; ++k)
-      read_tap(to + k * subpixels * COLUMNS, k, h + r, w);
-    if (a.border == RENORMALIZE)
-      fill_outside(to, r, -std::numeric_limits<A>::infinity());
+  // A position in a tensor like the scores: row r of wide, column v.
+  template <class U>
+  U *scores_at(U *tensor, const int64_t *strides, int64_t r, int64_t v) const {
+    return tensor + n * strides[0] + g * strides[1] +
+           (wide.y + r) * strides[5] + (wide.x + v) * strides[6];
   }
 
-  // Those of tap k for the pixels (y, x), (y, x + 1), ... -> [S*S, COLUMNS]
-  void read_tap(A *to, int64_t k, int64_t y, int64_t x) const {
-    const int64_t *strides = a.scores_strides;
-    const bool inside = y >= 0 && y < a.H;
-    for (int64_t i = 0; i < S; ++i)
-      read_padded(to + i * S * COLUMNS, COLUMNS,
-                  static_cast<const T *>(a.scores) + n * strides[0] +
-                      g * strides[1] + k * strides[2] + i * strides[3] +
-                      (inside ? y : 0) * strides[5],
-                  S, COLUMNS, strides[4], strides[6], x, inside ? a.W : 0);
-  }
-
-  // [K*K, S*S, COLUMNS] -> the gradient of the scores of row r
-  void write_grad_scores(const A *from, int64_t r) const {
-    const int64_t *strides = a.grad_scores_strides;
+  // Calls f(in the tensor, in the buffer, rows) for the planes [K*K, S, S] of
+  // scores that are one distance apart: usually all of them at once.
+  template <class F> void for_planes(const int64_t *strides, F f) const {
+    if (strides[3] == S * strides[4] && strides[2] == S * strides[3])
+      return f(0, 0, taps * subpixels);
     for (int64_t k = 0; k < taps; ++k)
       for (int64_t i = 0; i < S; ++i)
-        write(static_cast<T *>(a.grad_scores) + n * strides[0] +
-                  g * strides[1] + k * strides[2] + i * strides[3] +
-                  (h + r) * strides[5] + w * strides[6],
-              strides[4], strides[6], from + (k * S + i) * S * COLUMNS,
-              COLUMNS, S, columns);
+        f(k * strides[2] + i * strides[3], (k * S + i) * S * COLUMNS, S);
   }
 
-  // Gives the taps of row r that read outside the map a value. For weights it
-  // is zero, whatever they were: they may be infinite, or NaN.
-  void fill_outside(A *weights, int64_t r, A value) const {
-    const int64_t y = h + r;
-    if (y >= radius && y + radius < a.H && w >= radius &&
-        w + columns + radius <= a.W)
+  // The scores of row r of wide, columns from v on -> [K*K, S*S, COLUMNS]
+  void read_scores(A *to, int64_t r, int64_t v, int64_t columns) const {
+    const int64_t *strides = a.scores_strides;
+    const T *from = scores_at(static_cast<const T *>(a.scores), strides, r, v);
+    for_planes(strides, [&](int64_t plane, int64_t at, int64_t count) {
+      read_padded(to + at, COLUMNS, 0, COLUMNS, from + plane, count, columns,
+                  strides[4], strides[6]);
+    });
+    if (a.border == RENORMALIZE)
+      fill_outside(to, r, v, columns, -std::numeric_limits<A>::infinity());
+  }
+
+  // [K*K, S*S, COLUMNS] -> the gradient of these scores
+  void write_grad_scores(const A *from, int64_t r, int64_t v,
+                         int64_t columns) const {
+    const int64_t *strides = a.grad_scores_strides;
+    T *to = scores_at(static_cast<T *>(a.grad_scores), strides, r, v);
+    for_planes(strides, [&](int64_t plane, int64_t at, int64_t count) {
+      write(to + plane, strides[4], strides[6], from + at, COLUMNS, count,
+            columns);
+    });
+  }
+
+  // Gives the taps of these pixels that read outside the map a value. For
+  // weights it is zero, whatever they were: they may be infinite, or NaN.
+  void fill_outside(A *weights, int64_t r, int64_t v, int64_t columns,
+                    A value) const {
+    const int64_t y = wide.y + r, x = wide.x + v;
+    if (y >= radius && y + radius < a.H && x >= radius &&
+        x + columns + radius <= a.W)
       return;
     for (int64_t k = 0; k < taps; ++k) {
       // The columns whose tap is inside: [begin, end)
-      const int64_t tap_y = y + k / K - radius, dx = w + k % K - radius;
+      const int64_t tap_y = y + k / K - radius, dx = x + k % K - radius;
       const bool inside = tap_y >= 0 && tap_y < a.H;
       const int64_t begin =
           inside ? std::clamp<int64_t>(-dx, 0, COLUMNS) : COLUMNS;
@@ -742,11 +824,23 @@ template <class T> struct Block {
     }
   }
 
-  void normalize(const A *logits, A *weights, A *tops, A *scales) const {
-    with_normalizer(a.normalizer, [&](auto mode) {
-      normalize_mode<mode.value, A>(logits, weights, tops, scales, taps,
-                                    subpixels);
-    });
+  // In a buffer [rows, lanes / COLUMNS, K*K, S*S, COLUMNS], row r of wide and
+  // its columns from v on
+  A *weights_at(A *weights, int64_t r, int64_t v) const {
+    return weights + r * row_weights() + v / COLUMNS * weights_size;
+  }
+
+  // The weights of wide -> such a buffer
+  void read_weights(A *weights) const {
+    for (int64_t r = 0; r < wide.rows; ++r)
+      for_columns([&](int64_t v, int64_t columns) {
+        A *to = weights_at(weights, r, v);
+        read_scores(to, r, v, columns);
+        with_normalizer(a.normalizer, [&](auto mode) {
+          normalize_mode<mode.value, A>(to, to, taps, subpixels);
+        });
+        fill_outside(to, r, v, columns, A(0));
+      });
   }
 
   template <class Body> void for_chunks(Body body) const {
@@ -758,175 +852,149 @@ template <class T> struct Block {
 template <class T> class Forward {
   typedef Accumulator<T> A;
   Block<T> at;
-  Buffer<A> x, weights, y, tops, scales;
+  Buffer<A> x, weights, y;
 
 public:
-  explicit Forward(const Arguments &a)
-      : at(a), x(CHUNK * at.lines * at.pitch), weights(ROWS * at.weights_size),
-        y(ROWS * CHUNK * at.subpixels * COLUMNS), tops(at.subpixels * COLUMNS),
-        scales(at.subpixels * COLUMNS) {}
+  static constexpr bool REACHES = false;
+
+  Forward(const Arguments &a, int64_t threads)
+      : at(a, threads, REACHES), x(CHUNK * at.lines * at.pitch),
+        weights(at.rows * at.row_weights()),
+        y(at.rows * CHUNK * at.subpixels * at.lanes) {}
 
   void operator()(int64_t item) {
     at.seek(item);
-    for (int64_t r = 0; r < at.rows; ++r) {
-      A *weights_r = weights + r * at.weights_size;
-      at.read_scores(weights_r, r);
-      at.normalize(weights_r, weights_r, tops, scales);
-      at.fill_outside(weights_r, r, A(0));
-    }
+    at.read_weights(weights);
     const auto function = at.K == 5   ? reassemble_row<5, A>
                           : at.K == 3 ? reassemble_row<3, A>
                                       : reassemble_row<0, A>;
     at.for_chunks([&](int64_t c, int64_t channels) {
       at.read_low(x, c, channels);
-      for (int64_t r = 0; r < at.rows; ++r)
-        function(x + r * at.pitch, at.lines * at.pitch, at.pitch,
-                 weights + r * at.weights_size,
-                 y + r * CHUNK * at.subpixels * COLUMNS, at.K, at.subpixels,
-                 channels, at.columns);
+      for (int64_t r = 0; r < at.block.rows; ++r)
+        at.for_columns([&](int64_t v, int64_t columns) {
+          function(x + r * at.pitch + v, at.lines * at.pitch, at.pitch,
+                   at.weights_at(weights, r, v),
+                   y + r * CHUNK * at.subpixels * at.lanes + v, at.lanes, at.K,
+                   at.subpixels, channels, columns);
+        });
       at.write_high(y, c, channels);
     });
   }
 };
 
-// What the weights of a source pixel need besides their own scores, so that
-// GradFeatures can compute any of them alone: tops and scales.
-template <class T> class Statistics {
-  typedef Accumulator<T> A;
-  Block<T> at;
-  Buffer<A> logits, weights, tops, scales;
-
-public:
-  explicit Statistics(const Arguments &a)
-      : at(a), logits(at.weights_size), weights(at.weights_size),
-        tops(at.subpixels * COLUMNS), scales(at.subpixels * COLUMNS) {}
-
-  void operator()(int64_t item) {
-    at.seek(item);
-    const Arguments &a = at.a;
-    const int64_t size = a.H * a.W, half = a.N * a.G * at.subpixels * size;
-    for (int64_t r = 0; r < at.rows; ++r) {
-      at.read_scores(logits, r);
-      at.normalize(logits, weights, tops, scales);
-      A *to = static_cast<A *>(a.statistics) +
-              (at.n * a.G + at.g) * at.subpixels * size + (at.h + r) * a.W +
-              at.w;
-      write<A, A>(to, size, 1, tops, COLUMNS, at.subpixels, at.columns);
-      write<A, A>(to + half, size, 1, scales, COLUMNS, at.subpixels,
-                  at.columns);
-    }
-  }
-};
-
-// A source pixel takes part in the windows of K*K source pixels: the pixel at
-// distance (y, x) reads it with the tap at distance (-y, -x) from its centre.
+// Tap (ky, kx) of the pixel at distance (radius - ky, radius - kx) reads a
+// source pixel. The sums over ky, one for each kx, are made where the windows
+// have their centres; then they are moved by radius - kx and added.
 template <class T> class GradFeatures {
   typedef Accumulator<T> A;
   Block<T> at;
-  Buffer<A> grad, weights, x, tops, scales;
+  const int64_t margin;  // zeros before and behind each row of sums
+  const int64_t pitch;
+  Buffer<A> grad, weights, sums, x;
 
 public:
-  explicit GradFeatures(const Arguments &a)
-      : at(a), grad(CHUNK * at.lines * at.subpixels * at.pitch),
-        weights(ROWS * at.weights_size), x(ROWS * CHUNK * COLUMNS),
-        tops(at.weights_size), scales(at.weights_size) {}
+  static constexpr bool REACHES = true;
+
+  GradFeatures(const Arguments &a, int64_t threads)
+      : at(a, threads, REACHES), margin(round_up(at.radius, COLUMNS)),
+        pitch(at.lanes + 2 * margin + COLUMNS),
+        grad(CHUNK * at.rows * at.subpixels * at.lanes),
+        weights(at.rows * at.row_weights()), sums(at.K * CHUNK * pitch),
+        x(CHUNK * pitch) {}
 
   void operator()(int64_t item) {
     at.seek(item);
-    for (int64_t r = 0; r < at.rows; ++r)
-      read_opposite_weights(weights + r * at.weights_size, r);
-    const auto function = at.S != 2   ? gather_row<0, 0, A>
-                          : at.K == 5 ? gather_row<5, 4, A>
-                          : at.K == 3 ? gather_row<3, 4, A>
-                                      : gather_row<0, 0, A>;
+    at.read_weights(weights);
+    const auto function = at.K == 5   ? scatter_row<5, A>
+                          : at.K == 3 ? scatter_row<3, A>
+                                      : scatter_row<0, A>;
     at.for_chunks([&](int64_t c, int64_t channels) {
-      at.read_high(grad, at.pitch, at.radius, c, channels);
-      for (int64_t r = 0; r < at.rows; ++r)
-        function(grad + r * at.subpixels * at.pitch,
-                 at.lines * at.subpixels * at.pitch, at.pitch,
-                 weights + r * at.weights_size, x + r * CHUNK * COLUMNS, at.K,
-                 at.subpixels, channels, at.columns);
-      at.write_low(x, c, channels);
+      at.read_high(grad, c, channels);
+      for (int64_t r = 0; r < at.block.rows; ++r) {
+        const int64_t ky_0 = at.block.y + r + at.radius - at.wide.y;
+        const int64_t begin = std::max<int64_t>(0, ky_0 - at.wide.rows + 1);
+        const int64_t end = std::min(at.K, ky_0 + 1);
+        at.for_columns([&](int64_t v, int64_t columns) {
+          function(grad + ky_0 * at.subpixels * at.lanes + v,
+                   at.rows * at.subpixels * at.lanes, at.lanes,
+                   at.weights_at(weights, ky_0, v), at.row_weights(),
+                   sums + margin + v, pitch, at.K, begin, end, at.subpixels,
+                   channels, columns);
+        });
+        add_sums(channels);
+        at.write_low(x, pitch, r, c, channels);
+      }
     });
   }
 
 private:
-  // Ordered by the distance of their pixels -> [K*K, S*S, COLUMNS]
-  void read_opposite_weights(A *to, int64_t r) {
-    const int64_t mode = at.a.normalizer, size = at.subpixels * COLUMNS;
-    const bool sums = has_sum(int(mode));
-    for (int64_t k = 0; k < at.taps; ++k) {
-      const int64_t y = at.h + r + k / at.K - at.radius;
-      const int64_t x = at.w + k % at.K - at.radius;
-      at.read_tap(to + k * size, at.taps - 1 - k, y, x);
-      if (sums)
-        read_statistics(k, y, x);
+  void add_sums(int64_t channels) {
+    const int64_t shift = at.block.x - at.wide.x + at.radius;
+    for (int64_t c = 0; c < channels; ++c) {
+      A *from = sums + c * pitch + margin;
+      // Lanes beyond the last column hold nothing that counts.
+      for (int64_t k = 0; k < at.K; ++k) {
+        A *end = from + k * CHUNK * pitch + at.wide.columns;
+        std::fill(end, end + margin, A(0));
+      }
+      for (int64_t v = 0; v < at.block.columns; v += LANES<A>) {
+        Vector<A> sum{};
+        for (int64_t k = 0; k < at.K; ++k)
+          sum += load(from + k * CHUNK * pitch + shift - k + v);
+        store(x + c * pitch + v, sum);
+      }
     }
-    if (!sums)
-      return at.normalize(to, to, tops, scales);
-    with_normalizer(mode, [&](auto constant) {
-      reweigh_mode<constant.value, A>(to, tops, scales, at.weights_size);
-    });
-  }
-
-  void read_statistics(int64_t k, int64_t y, int64_t x) {
-    const Arguments &a = at.a;
-    const int64_t size = a.H * a.W, half = a.N * a.G * at.subpixels * size;
-    const bool inside = y >= 0 && y < a.H;
-    const A *from = static_cast<const A *>(a.statistics) +
-                    (at.n * a.G + at.g) * at.subpixels * size +
-                    (inside ? y : 0) * a.W;
-    const int64_t to = k * at.subpixels * COLUMNS, limit = inside ? a.W : 0;
-    read_padded(tops + to, COLUMNS, from, at.subpixels, COLUMNS, size, 1, x,
-                limit);
-    read_padded(scales + to, COLUMNS, from + half, at.subpixels, COLUMNS, size,
-                1, x, limit);
   }
 };
 
 template <class T> class GradWeights {
   typedef Accumulator<T> A;
   Block<T> at;
-  Buffer<A> x, y, logits, weights, grad, tops, scales;
+  Buffer<A> x, y, logits, weights, grad;
 
 public:
-  explicit GradWeights(const Arguments &a)
-      : at(a), x(CHUNK * at.lines * at.pitch),
-        y(CHUNK * ROWS * at.subpixels * COLUMNS), logits(at.weights_size),
-        weights(at.weights_size), grad(ROWS * at.weights_size),
-        tops(at.subpixels * COLUMNS), scales(at.subpixels * COLUMNS) {}
+  static constexpr bool REACHES = false;
+
+  GradWeights(const Arguments &a, int64_t threads)
+      : at(a, threads, REACHES), x(CHUNK * at.lines * at.pitch),
+        y(CHUNK * at.rows * at.subpixels * at.lanes), logits(at.weights_size),
+        weights(at.weights_size), grad(at.rows * at.row_weights()) {}
 
   void operator()(int64_t item) {
     at.seek(item);
-    std::fill(grad + 0, grad + ROWS * at.weights_size, A(0));
+    std::fill(grad + 0, grad + at.rows * at.row_weights(), A(0));
     const auto function = at.K == 5   ? correlate_row<5, A>
                           : at.K == 3 ? correlate_row<3, A>
                                       : correlate_row<0, A>;
     at.for_chunks([&](int64_t c, int64_t channels) {
       at.read_low(x, c, channels);
-      at.read_high(y, COLUMNS, 0, c, channels);
-      for (int64_t r = 0; r < at.rows; ++r)
-        function(x + r * at.pitch, at.lines * at.pitch, at.pitch,
-                 y + r * at.subpixels * COLUMNS, ROWS * at.subpixels * COLUMNS,
-                 grad + r * at.weights_size, at.K, at.subpixels, channels,
-                 at.columns);
+      at.read_high(y, c, channels);
+      for (int64_t r = 0; r < at.block.rows; ++r)
+        at.for_columns([&](int64_t v, int64_t columns) {
+          function(x + r * at.pitch + v, at.lines * at.pitch, at.pitch,
+                   y + r * at.subpixels * at.lanes + v,
+                   at.rows * at.subpixels * at.lanes, at.lanes,
+                   at.weights_at(grad, r, v), at.K, at.subpixels, channels,
+                   columns);
+        });
     });
-    for (int64_t r = 0; r < at.rows; ++r) {
-      A *grad_r = grad + r * at.weights_size;
-      at.fill_outside(grad_r, r, A(0));
-      normalize_backward(grad_r, r);
-      at.write_grad_scores(grad_r, r);
-    }
+    for (int64_t r = 0; r < at.block.rows; ++r)
+      at.for_columns([&](int64_t v, int64_t columns) {
+        A *grad_v = at.weights_at(grad, r, v);
+        at.fill_outside(grad_v, r, v, columns, A(0));
+        normalize_backward(grad_v, r, v, columns);
+        at.write_grad_scores(grad_v, r, v, columns);
+      });
   }
 
 private:
-  void normalize_backward(A *grad_r, int64_t r) {
+  void normalize_backward(A *grad_v, int64_t r, int64_t v, int64_t columns) {
     if (at.a.normalizer == NONE)
       return;
-    at.read_scores(logits, r);
-    at.normalize(logits, weights, tops, scales);
+    at.read_scores(logits, r, v, columns);
     with_normalizer(at.a.normalizer, [&](auto mode) {
-      normalize_backward_mode<mode.value, A>(logits, weights, grad_r, at.taps,
+      normalize_mode<mode.value, A>(logits, weights, at.taps, at.subpixels);
+      normalize_backward_mode<mode.value, A>(logits, weights, grad_v, at.taps,
                                              at.subpixels);
     });
   }
@@ -935,19 +1003,22 @@ private:
 // ---------------------------------------------------------------------------
 // Threads
 
-template <class Worker> void run(const Arguments &a, int64_t count) {
+template <template <class> class Worker, class T>
+void run(const Arguments &a) {
   // A thread is worth waking for a million multiplications, which take it
   // tens of microseconds.
   const int64_t work_size = a.N * a.C * a.H * a.W * a.K * a.K * a.S * a.S;
-  const int64_t threads =
-      GOMP_parallel ? std::min({a.threads, count, 1 + work_size / 1000000})
-                    : int64_t(1);
+  const int64_t wanted = GOMP_parallel
+                             ? std::min(a.threads, 1 + work_size / 1000000)
+                             : int64_t(1);
+  const int64_t count = Block<T>(a, wanted, Worker<T>::REACHES).count();
+  const int64_t threads = std::min(wanted, count);
   // Neighbouring blocks share their surroundings, so a thread takes many at
   // once; but not its whole share, since another thread may be held up.
   const int64_t share = (count + 8 * threads - 1) / (8 * threads);
   std::atomic<int64_t> next{0};
   auto work = [&] {
-    Worker worker(a);
+    Worker<T> worker(a, wanted);
     for (;;) {
       const int64_t begin = next.fetch_add(share);
       if (begin >= count)
@@ -973,17 +1044,13 @@ int run_dtype(const Arguments &a) noexcept {
     return 1;
   switch (a.dtype) {
   case FLOAT16:
-    run<Worker<Half>>(a, Block<Half>::count(a));
-    return 0;
+    return run<Worker, Half>(a), 0;
   case BFLOAT16:
-    run<Worker<Bfloat>>(a, Block<Bfloat>::count(a));
-    return 0;
+    return run<Worker, Bfloat>(a), 0;
   case FLOAT32:
-    run<Worker<float>>(a, Block<float>::count(a));
-    return 0;
+    return run<Worker, float>(a), 0;
   case FLOAT64:
-    run<Worker<double>>(a, Block<double>::count(a));
-    return 0;
+    return run<Worker, double>(a), 0;
   }
   return 1;
 }
@@ -995,11 +1062,6 @@ extern "C" int reassemble(const Arguments *a) {
 }
 
 extern "C" int reassemble_grad_features(const Arguments *a) {
-  // A sum over the taps that the caller does not know of has no room.
-  if (has_sum(int(a->normalizer)) != bool(a->statistics))
-    return 1;
-  if (a->statistics && run_dtype<Statistics>(*a))
-    return 1;
   return run_dtype<GradFeatures>(*a);
 }
 

@@ -35,7 +35,6 @@ class _Arguments(ctypes.Structure):
         ('scores_strides', ctypes.c_int64 * 7),
         ('grad_scores', ctypes.c_void_p),
         ('grad_scores_strides', ctypes.c_int64 * 7),
-        ('statistics', ctypes.c_void_p),
     ]
 
 
@@ -59,21 +58,8 @@ class Library:
         self, grad, scores, normalizer, border='zeros'
     ):
         out = reference.empty_map(grad, grad.shape[1], 1, scores.shape[-2:])
-        statistics = None
-        if normalizer in reference.SUM_TO_ONE:
-            n, groups, _, s, _, height, width = scores.shape
-            statistics = torch.empty(
-                (2, n, groups, s * s, height, width),
-                dtype=torch.promote_types(scores.dtype, torch.float32),
-            )
         self._run(
-            'reassemble_grad_features',
-            out,
-            grad,
-            scores,
-            normalizer,
-            border,
-            statistics=statistics,
+            'reassemble_grad_features', out, grad, scores, normalizer, border
         )
         return out
 
@@ -101,7 +87,6 @@ class Library:
         normalizer,
         border,
         grad_scores=None,
-        statistics=None,
     ):
         if not low.dtype == high.dtype == scores.dtype:
             raise TypeError(
@@ -135,8 +120,6 @@ class Library:
             if tensor is not None:
                 setattr(arguments, field, tensor.data_ptr())
                 getattr(arguments, f'{field}_strides')[:] = tensor.stride()
-        if statistics is not None:
-            arguments.statistics = statistics.data_ptr()
         if getattr(self._library, name)(ctypes.byref(arguments)):
             raise RuntimeError(
                 f'{self.path} was compiled from another version of cpu.cpp: '

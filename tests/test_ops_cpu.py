@@ -36,7 +36,7 @@ BLOCK_CASES = {
     'blocks-k1-s4': Case(1, 16, 17, 40, k=1, s=4),
     'blocks-k7-s1-groups': Case(1, 34, 18, 33, k=7, g=2, s=1),
     'blocks-s3-groups': Case(2, 18, 17, 21, k=3, g=2, s=3),
-    'blocks-k11': Case(1, 5, 7, 45, k=11),
+    'blocks-k11': Case(1, 5, 7, 80, k=11),
 }
 all_cases = pytest.mark.parametrize(
     'case',

@@ -64,10 +64,6 @@ constexpr int COLUMNS = 16;
 // transposed, and of the channels of the tiles below.
 constexpr int CHUNK = SUMS == 12 ? 24 : 16;
 
-// Bytes for the weights of a block. They share the second-level cache of a
-// core, half a MiB or more, with CHUNK channels of the block.
-constexpr int64_t WEIGHTS_BYTES = 320 * 1024;
-
 // In the order of the tuples in reference.py.
 enum Border { ZEROS, RENORMALIZE };
 enum Normalizer { SOFTMAX, SIGMOID_NORMALIZED, SIGMOID, NONE };
@@ -76,6 +72,7 @@ enum Dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 // Mirrored by _Arguments in cpu.py. Strides count elements.
 struct Arguments {
   int64_t dtype, normalizer, border, threads;
+  int64_t cache;  // bytes of the second-level cache of a core
   int64_t N, C, H, W, K, G, S;
   void *low;  // [N, C, H, W]: features or their gradient
   int64_t low_strides[4];
@@ -640,7 +637,8 @@ template <class T> struct Block {
       : a(arguments), K(a.K), S(a.S), radius(K / 2), taps(K * K),
         subpixels(S * S), group_channels(a.C / a.G),
         weights_size(taps * subpixels * COLUMNS), reach(reaches ? radius : 0) {
-    const int64_t pixels = WEIGHTS_BYTES / (taps * subpixels * sizeof(A));
+    // The weights of a block share the cache with CHUNK channels of it.
+    const int64_t pixels = a.cache * 9 / 16 / (taps * subpixels * sizeof(A));
     const int64_t widest = std::clamp<int64_t>(pixels / 4, COLUMNS, 192);
     across = divide_up(a.W, widest);
     const int64_t width = round_up(divide_up(a.W, across), COLUMNS);

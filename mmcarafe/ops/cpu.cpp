@@ -29,6 +29,9 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+#if __has_include(<unistd.h>)
+#include <unistd.h>  // sysconf
+#endif
 
 // The OpenMP runtime that torch has loaded already (libgomp's entry point,
 // which the runtimes of LLVM and Intel offer too). Linking one here could
@@ -72,7 +75,6 @@ enum Dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 // Mirrored by _Arguments in cpu.py. Strides count elements.
 struct Arguments {
   int64_t dtype, normalizer, border, threads;
-  int64_t cache;  // bytes of the second-level cache of a core
   int64_t N, C, H, W, K, G, S;
   void *low;  // [N, C, H, W]: features or their gradient
   int64_t low_strides[4];
@@ -614,6 +616,17 @@ public:
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
+// The second-level cache of a core, within what is usual.
+inline int64_t cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  constexpr int64_t found = 0;
+#endif
+  return std::clamp<int64_t>(found, 1 << 19, 1 << 20);
+}
+
+// Part of a map: rows from y on, columns from x on.
 struct Area {
   int64_t y, x, rows, columns;
 };
@@ -638,7 +651,8 @@ template <class T> struct Block {
         subpixels(S * S), group_channels(a.C / a.G),
         weights_size(taps * subpixels * COLUMNS), reach(reaches ? radius : 0) {
     // The weights of a block share the cache with CHUNK channels of it.
-    const int64_t pixels = a.cache * 9 / 16 / (taps * subpixels * sizeof(A));
+    const int64_t pixels =
+        cache_bytes() * 9 / 16 / (taps * subpixels * sizeof(A));
     const int64_t widest = std::clamp<int64_t>(pixels / 4, COLUMNS, 192);
     across = divide_up(a.W, widest);
     const int64_t width = round_up(divide_up(a.W, across), COLUMNS);

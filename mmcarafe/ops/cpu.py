@@ -26,7 +26,7 @@ class _Arguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ('dtype', 'normalizer', 'border')
         ),
-        *((name, ctypes.c_int64) for name in ('threads', 'cache', *'NCHWKGS')),
+        *((name, ctypes.c_int64) for name in ('threads', *'NCHWKGS')),
         ('low', ctypes.c_void_p),
         ('low_strides', ctypes.c_int64 * 4),
         ('high', ctypes.c_void_p),
@@ -36,14 +36,6 @@ class _Arguments(ctypes.Structure):
         ('grad_scores', ctypes.c_void_p),
         ('grad_scores_strides', ctypes.c_int64 * 7),
     ]
-
-
-def _cache_size():
-    """Bytes of the second-level cache of a core, between 1/2 and 1 MiB."""
-    size = 0
-    if 'SC_LEVEL2_CACHE_SIZE' in getattr(os, 'sysconf_names', ()):
-        size = os.sysconf('SC_LEVEL2_CACHE_SIZE')  # 0 if unknown
-    return min(max(size, 2**19), 2**20)
 
 
 class Library:
@@ -110,7 +102,6 @@ class Library:
             normalizer=reference.NORMALIZERS.index(normalizer),
             border=reference.BORDERS.index(border),
             threads=self._threads(),
-            cache=_cache_size(),
             N=n,
             C=low.shape[1],
             H=height,

@@ -339,6 +339,9 @@ __attribute__((noinline)) void write(T *to, int64_t row, int64_t column,
         for (int j = 0; j < L; ++j)
           std::memcpy(&x[j], from + (r + j) * pitch + c, width * sizeof(A));
         transpose<A>(x);
+        // Pixels are far apart: fetch the next ones before they are written.
+        for (int i = 0; i < width; ++i)
+          __builtin_prefetch(to + r + (c + L + i) * column, 1);
         for (int i = 0; i < width; ++i) {
           A values[L];
           store(values, x[i]);

@@ -37,6 +37,7 @@ BLOCK_CASES = {
     'blocks-k7-s1-groups': Case(1, 34, 18, 33, k=7, g=2, s=1),
     'blocks-s3-groups': Case(2, 18, 17, 21, k=3, g=2, s=3),
     'blocks-k11': Case(1, 5, 7, 80, k=11),
+    'k37-wider-than-map': Case(1, 3, 2, 40, k=37, s=1),
 }
 all_cases = pytest.mark.parametrize(
     'case',
@@ -156,6 +157,18 @@ def test_non_finite_features_and_gradients_stay_where_they_are(library):
     expected = run(reference, features, weights, grad)
     for result, rounded in zip(results, expected):
         torch.testing.assert_close(result, rounded, equal_nan=True)
+
+
+def test_non_finite_maps_leave_the_next_one_alone(library):
+    """Its blocks follow in the same buffers, and are narrower."""
+    features, weights, grad = inputs(Case(2, 20, 19, 205))
+    expected = run(library, features, weights, grad)
+    for tensor in (features, weights, grad):
+        tensor[0] = torch.nan
+    results = run(library, features, weights, grad)
+    for result, clean in zip(results, expected):
+        assert torch.equal(result[1], clean[1])
+        assert result[0].isnan().any()
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)

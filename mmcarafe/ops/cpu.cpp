@@ -14,8 +14,8 @@
 // between them sees dense rows.
 //
 // Memory costs more than arithmetic, so blocks are as wide as the map where
-// they can be, and several rows high: what is copied is long and contiguous,
-// and little of it, the surroundings of a block, is copied more than once.
+// they can be, and several rows high: copies are long and contiguous, and only
+// the surroundings of a block are copied more than once.
 //
 // A block writes outputs that no other block writes, and adds up everything
 // for them in one order that depends on neither the block nor the threads.
@@ -236,6 +236,9 @@ inline void for_overlapping(int64_t count, Body body) {
   body(count - L, whole);
 }
 
+// Where the first of two 16-bit numbers is, in the 32 bits of both
+constexpr int FIRST = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 16;
+
 // to_0[i], to_1[i] = from[2 * i], from[2 * i + 1] for L values of i
 template <class T, class A>
 inline void read_pairs(A *to_0, A *to_1, const T *from) {
@@ -249,8 +252,8 @@ inline void read_pairs(A *to_0, A *to_1, const T *from) {
     for (int i = 0; i < L; ++i) {
       uint32_t pair;
       std::memcpy(&pair, from + 2 * i, sizeof pair);
-      to_0[i] = widen(T{uint16_t(pair)});
-      to_1[i] = widen(T{uint16_t(pair >> 16)});
+      to_0[i] = widen(T{uint16_t(pair >> FIRST)});
+      to_1[i] = widen(T{uint16_t(pair >> (16 - FIRST))});
     }
   }
 }
@@ -269,7 +272,8 @@ inline void write_pairs(T *to, const A *from_0, const A *from_1) {
       T a, b;
       narrow(from_0[i], a);
       narrow(from_1[i], b);
-      const uint32_t pair = a.bits | uint32_t(b.bits) << 16;
+      const uint32_t pair = uint32_t(a.bits) << FIRST | uint32_t(b.bits)
+                                                            << (16 - FIRST);
       std::memcpy(to + 2 * i, &pair, sizeof pair);
     }
   }
@@ -496,7 +500,8 @@ inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
     }
 }
 
-// x [CHUNK, K, pitch], w [K*K, S*S, COLUMNS] -> y [CHUNK, S*S, y_pitch]
+// x [CHUNK, lines, pitch] from a line on, w [K*K, S*S, COLUMNS] -> y [CHUNK,
+// S*S, y_pitch]
 template <int KERNEL, class A>
 void reassemble_row(const A *x, int64_t x_pitch, int64_t pitch, const A *w,
                     A *y, int64_t y_pitch, int64_t kernel, int64_t subpixels,
@@ -512,27 +517,30 @@ void reassemble_row(const A *x, int64_t x_pitch, int64_t pitch, const A *w,
                                channels, columns);
 }
 
-// x[kx, c] = sum over ky and p of w[ky, kx, p] * g[c, ky, p]. Of gradient and
-// weights, row ky is ky rows before the one pointed to.
+// x[kx, c] = sum over r and p of w[r, ky, kx, p] * g[c, r, p], where row r is
+// that of the source pixels whose tap ky is wanted: r + ky = last
 // g [CHUNK, rows, S*S, pitch], w [rows, ..., K*K, S*S, COLUMNS]
 // -> x [K, CHUNK, x_pitch]
 template <int KERNEL, class A>
 void scatter_row(const A *g, int64_t g_pitch, int64_t pitch, const A *w,
                  int64_t w_pitch, A *x, int64_t x_pitch, int64_t kernel,
-                 int64_t ky_begin, int64_t ky_end, int64_t subpixels,
+                 int64_t rows, int64_t last, int64_t subpixels,
                  int64_t channels, int64_t columns) {
   constexpr int TAPS = KERNEL ? KERNEL : 1;
   constexpr int CHANNELS = TAPS == 1 ? 8 : SUMS < 16 ? 2 : 4;
   static_assert(CHUNK % CHANNELS == 0, "whole tiles");
   const int64_t K = KERNEL ? KERNEL : kernel;
+  const int64_t ky_begin = std::max<int64_t>(0, last - rows + 1);
+  const int64_t ky_end = std::min(K, last + 1);
   for (int64_t kx = 0; kx < K; kx += TAPS)
     for (int64_t v = 0; v < columns; v += LANES<A>)
       for (int64_t c = 0; c < channels; c += CHANNELS) {
         Vector<A> sum[TAPS][CHANNELS] = {};
         for (int64_t ky = ky_begin; ky < ky_end; ++ky)
           for (int64_t p = 0; p < subpixels; ++p) {
-            const A *g_p = g + c * g_pitch + (p - ky * subpixels) * pitch + v;
-            const A *w_p = w - ky * w_pitch + v +
+            const A *g_p =
+                g + c * g_pitch + v + ((last - ky) * subpixels + p) * pitch;
+            const A *w_p = w + (last - ky) * w_pitch + v +
                            ((ky * K + kx) * subpixels + p) * COLUMNS;
             Vector<A> value[CHANNELS];
             for (int i = 0; i < CHANNELS; ++i)
@@ -577,11 +585,11 @@ inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
   }
 }
 
-// x [CHUNK, K, pitch], g [CHUNK, S*S, g_tap]
+// x [CHUNK, lines, pitch] from a line on, g [CHUNK, rows, S*S, g_row]
 // -> added to w [K*K, S*S, COLUMNS]
 template <int KERNEL, class A>
 void correlate_row(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
-                   int64_t g_pitch, int64_t g_tap, A *w, int64_t kernel,
+                   int64_t g_pitch, int64_t g_row, A *w, int64_t kernel,
                    int64_t subpixels, int64_t channels, int64_t columns) {
   constexpr int TAPS = KERNEL ? KERNEL : 1, SUBPIXELS = SUMS < 16 ? 2 : 4;
   const int64_t K = KERNEL ? KERNEL : kernel;
@@ -591,11 +599,11 @@ void correlate_row(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
       A *w_k = w + (ky * K + kx) * subpixels * COLUMNS;
       int64_t p = 0;
       for (; p + SUBPIXELS <= subpixels; p += SUBPIXELS)
-        correlate_tile<TAPS, SUBPIXELS>(x_k, x_pitch, g + p * g_tap, g_pitch,
-                                        g_tap, w_k + p * COLUMNS, subpixels,
+        correlate_tile<TAPS, SUBPIXELS>(x_k, x_pitch, g + p * g_row, g_pitch,
+                                        g_row, w_k + p * COLUMNS, subpixels,
                                         channels, columns);
       for (; p < subpixels; ++p)
-        correlate_tile<TAPS, 1>(x_k, x_pitch, g + p * g_tap, g_pitch, g_tap,
+        correlate_tile<TAPS, 1>(x_k, x_pitch, g + p * g_row, g_pitch, g_row,
                                 w_k + p * COLUMNS, subpixels, channels,
                                 columns);
     }
@@ -604,7 +612,7 @@ void correlate_row(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
 // ---------------------------------------------------------------------------
 // The operators, block by block
 
-// Zeroed and aligned memory.
+// Aligned memory, of zeros at first.
 template <class A> class Buffer {
   struct alignas(64) Line {
     char bytes[64];
@@ -656,24 +664,35 @@ template <class T> struct Block {
     // The weights of a block share the cache with CHUNK channels of it.
     const int64_t pixels =
         cache_bytes() * 9 / 16 / (taps * subpixels * sizeof(A));
-    const int64_t widest = std::clamp<int64_t>(pixels / 4, COLUMNS, 192);
-    across = divide_up(a.W, widest);
+    const int64_t lowest = 2 + 2 * reach, narrowest = COLUMNS + 4 * reach;
+    across = divide_up(
+        a.W, std::clamp<int64_t>(pixels / 4, narrowest, 192 + 4 * reach));
     const int64_t width = round_up(divide_up(a.W, across), COLUMNS);
-    down = divide_up(a.H, std::clamp<int64_t>(pixels / width, 2, 16));
-    // Where there are few blocks, every thread gets equally many.
-    const int64_t maps = a.N * a.G, blocks = maps * down * across;
-    if (blocks < 8 * threads) {
-      const int64_t wanted = round_up(blocks, threads);
-      down = std::min(divide_up(wanted, maps * across),
-                      std::max(down, divide_up(a.H, 2)));
-      across = std::clamp(divide_up(threads, maps * down), across,
-                          std::max(across, divide_up(a.W, COLUMNS)));
-    }
+    down = divide_up(
+        a.H, std::clamp<int64_t>(pixels / width, lowest, 16 + 2 * reach));
+    share_out(threads, divide_up(a.H, lowest), divide_up(a.W, narrowest));
     rows = std::min(divide_up(a.H, down) + 2 * reach, a.H);
     lanes =
         round_up(std::min(divide_up(a.W, across) + 2 * reach, a.W), COLUMNS);
     lines = divide_up(a.H, down) + K - 1;
     pitch = round_up(lanes + K - 1, 8);
+  }
+
+  // Few blocks may leave threads idle. Divides further where this lessens the
+  // largest share of a thread, surroundings of the blocks included.
+  void share_out(int64_t threads, int64_t most_down, int64_t most_across) {
+    const auto cost = [&](int64_t i, int64_t j) {
+      return double(divide_up(a.N * a.G * i * j, threads)) *
+             (double(a.H) / i + radius) * (double(a.W) / j + radius);
+    };
+    const int64_t most = 8 * threads / (a.N * a.G);
+    for (int64_t i = down, i_0 = down; i <= std::min(most_down, most); ++i)
+      for (int64_t j = i == i_0 ? across : 1;
+           j <= most_across && i * j <= most; ++j)
+        if (cost(i, j) < cost(down, across)) {
+          down = i;
+          across = j;
+        }
   }
 
   int64_t count() const { return a.N * a.G * down * across; }
@@ -903,7 +922,8 @@ public:
 template <class T> class GradFeatures {
   typedef Accumulator<T> A;
   Block<T> at;
-  const int64_t margin;  // zeros before and behind each row of sums
+  const int64_t margin;  // before and behind each row of sums; stays zero
+                         // before it
   const int64_t pitch;
   Buffer<A> grad, weights, sums, x;
 
@@ -926,14 +946,11 @@ public:
     at.for_chunks([&](int64_t c, int64_t channels) {
       at.read_high(grad, c, channels);
       for (int64_t r = 0; r < at.block.rows; ++r) {
-        const int64_t ky_0 = at.block.y + r + at.radius - at.wide.y;
-        const int64_t begin = std::max<int64_t>(0, ky_0 - at.wide.rows + 1);
-        const int64_t end = std::min(at.K, ky_0 + 1);
         at.for_columns([&](int64_t v, int64_t columns) {
-          function(grad + ky_0 * at.subpixels * at.lanes + v,
-                   at.rows * at.subpixels * at.lanes, at.lanes,
-                   at.weights_at(weights, ky_0, v), at.row_weights(),
-                   sums + margin + v, pitch, at.K, begin, end, at.subpixels,
+          function(grad + v, at.rows * at.subpixels * at.lanes, at.lanes,
+                   at.weights_at(weights, 0, v), at.row_weights(),
+                   sums + margin + v, pitch, at.K, at.wide.rows,
+                   at.block.y + r + at.radius - at.wide.y, at.subpixels,
                    channels, columns);
         });
         add_sums(channels);
@@ -947,7 +964,7 @@ private:
     const int64_t shift = at.block.x - at.wide.x + at.radius;
     for (int64_t c = 0; c < channels; ++c) {
       A *from = sums + c * pitch + margin;
-      // Lanes beyond the last column hold nothing that counts.
+      // Lanes beyond the last column hold anything, but sums read them.
       for (int64_t k = 0; k < at.K; ++k) {
         A *end = from + k * CHUNK * pitch + at.wide.columns;
         std::fill(end, end + margin, A(0));

@@ -95,7 +95,7 @@ class Library:
             )
         reference.check_options(normalizer, border)
         n, groups, taps, s, _, height, width = scores.shape
-        if n == 0:
+        if scores.numel() == 0:
             return
         arguments = _Arguments(
             dtype=reference.DTYPES.index(scores.dtype),

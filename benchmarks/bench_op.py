@@ -7,8 +7,9 @@ method upsamples the same feature map, forward, and forward plus backward.
 Writes ``results.json`` (with machine, versions and commit), ``table.md`` and
 ``plot.png`` to the folder given.
 
-The methods take turns, so that a disturbance of the machine hits all of them;
-medians are reported. ``--methods`` leaves out slow ones: the others then get
+The methods take turns, in another order each round, so that a disturbance of
+the machine hits all of them, and none always follows one that empties the
+caches; medians are reported. ``--methods`` leaves out slow ones: the others then get
 more rounds in the same time. CARAFE starts from logits, whose prediction is
 not timed, in all three of its forms: the operator (the compiled library or
 Triton), the PyTorch path (``mmcarafe.ops.reference``), and the usual
@@ -32,6 +33,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -270,13 +272,14 @@ def measure(shape, dtype, device, memory_format, budget, mmcv, chosen):
             for name, run in runs.items()
         }
         times = {name: [] for name in runs}
+        order = random.Random(0)
         start = time.perf_counter()
         rounds = 0
         while rounds < 5 or (
             rounds < 50 and time.perf_counter() - start < budget
         ):
-            for name, run in runs.items():
-                times[name].append(seconds(run, device, repeats[name]))
+            for name in order.sample(list(runs), len(runs)):
+                times[name].append(seconds(runs[name], device, repeats[name]))
             rounds += 1
         for name, run in runs.items():
             results.append(

@@ -9,12 +9,12 @@ Writes ``results.json`` (with machine, versions and commit), ``table.md`` and
 
 The methods take turns, in another order each round, so that a disturbance of
 the machine hits all of them, and none always follows one that empties the
-caches; medians are reported. ``--methods`` leaves out slow ones: the others then get
-more rounds in the same time. CARAFE starts from logits, whose prediction is
-not timed, in all three of its forms: the operator (the compiled library or
-Triton), the PyTorch path (``mmcarafe.ops.reference``), and the usual
-formulation in PyTorch, which unfolds the features. The other learned methods
-include all of their convolutions.
+caches; medians are reported. ``--methods`` leaves out slow ones: the others
+then get more rounds in the same time. CARAFE starts from logits, whose
+prediction is not timed, in all three of its forms: the operator (the compiled
+library or Triton), the PyTorch path (``mmcarafe.ops.reference``), and the
+usual formulation in PyTorch, which unfolds the features. The other learned
+methods include all of their convolutions.
 
 On a CPU, the report also says how many multiply-adds a second a convolution
 reaches: processors of one name differ in the width of their arithmetic.

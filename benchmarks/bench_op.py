@@ -230,8 +230,12 @@ def fma_rate():
     return weight.numel() * size**2 / time
 
 
-def measure(shape, dtype, device, memory_format, budget, mmcv, chosen):
-    """Median seconds, peak and kept bytes of the chosen methods in every pass.
+def measure(
+    shape, dtype, device, memory_format, budget, mmcv=None, chosen=None
+):
+    """Median seconds, peak and kept bytes of every method in every pass.
+
+    Or of those chosen, by their names.
 
     A method that fails has an error instead.
     """
@@ -242,7 +246,7 @@ def measure(shape, dtype, device, memory_format, budget, mmcv, chosen):
     for pass_name, run_pass in PASSES.items():
         runs, kept = {}, {}
         for name, (function, tensors) in methods(features, mmcv).items():
-            if name not in chosen:
+            if chosen and name not in chosen:
                 continue
             tensors = [tensor.detach().requires_grad_() for tensor in tensors]
             try:
@@ -547,7 +551,7 @@ def main():
             else torch.contiguous_format,
             args.budget,
             mmcv,
-            args.methods or known,
+            args.methods,
         )
         report['results'] += [{'shape': name, **r} for r in results]
         # After each shape: a crash loses no finished work.

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.testing import assert_close
 
-from mmcarafe import CARAFE
+from mmcarafe import CARAFE, DySample
 from mmcarafe.ops import carafe, export
 
 UPERNET = 'configs/shapes/upernet-carafe_r18_shapes.py'
@@ -133,6 +133,7 @@ MODELS_OF = {
     'times_three': lambda: module(
         scale_factor=3, up_kernel=3, normalizer='sigmoid', out_channels=4
     ),
+    'dysample': lambda: (DySample(8, style='pl', dyscope=True), 8),
     'ready_masks': lambda: (Masks(), 8),
     'neck': neck,
     'pafpn': pafpn,
@@ -153,6 +154,8 @@ def build(name, smaller=True):
     for parameter_name, parameter in model.named_parameters():
         if 'content_encoder.weight' in parameter_name:
             nn.init.normal_(parameter, std=0.1)
+        if 'offset' in parameter_name:
+            nn.init.normal_(parameter, std=0.5)
     sizes = [*SIZES, SMALLER] if smaller else SIZES
     images = [torch.randn(n, channels, h, w) for n, h, w in sizes]
     return model.eval(), images
@@ -205,9 +208,14 @@ def test_torch_export(name):
             model, (images[0],), dynamic_shapes=dynamic()
         )
         targets = {str(node.target) for node in program.graph.nodes}
-        assert 'mmcarafe.reassemble.default' in targets
+        sampled = name == 'dysample'
+        ours = 'aten.gather' if sampled else 'mmcarafe.reassemble'
+        assert f'{ours}.default' in targets
+        # grid_sample, which the model itself runs, has positions from -1 to 1
+        # in fp32: they are off by up to 250 / 2^23 of a pixel.
+        close = dict(rtol=0, atol=1e-4) if sampled else {}
         for image in images:
-            assert_close(program.module()(image), model(image))
+            assert_close(program.module()(image), model(image), **close)
 
 
 @pytest.fixture
@@ -234,6 +242,8 @@ def test_onnx(name, exporter, export_onnx, tmp_path):
     proto = onnx.load(file)
     assert [(o.domain, o.version) for o in proto.opset_import] == [('', 17)]
     assert {node.domain for node in proto.graph.node} == {''}
+    # TensorRT compiles it wrongly.
+    assert 'GridSample' not in {node.op_type for node in proto.graph.node}
     assert not proto.functions
     session = onnxruntime.InferenceSession(
         file, providers=['CPUExecutionProvider']
@@ -249,6 +259,8 @@ def test_onnx(name, exporter, export_onnx, tmp_path):
         for out, want in zip(outs, expected):
             # of the largest value, as the tool checks
             atol = 1e-5 * max(1, want.abs().max().item())
+            if name == 'dysample':
+                atol *= 10  # see test_torch_export
             assert_close(torch.from_numpy(out), want, rtol=0, atol=atol)
 
 

@@ -70,7 +70,13 @@ def test_any_size(cfg, size, floor):
         assert out.shape == (2, 8, *x.shape[2:])
     sum(out.square().sum() for out in outs).backward()
     for name, parameter in neck.named_parameters():
-        if '.conv.bias' not in name and '_encoder.' not in name:
+        # On one pixel, it does not matter where DySample reads.
+        nowhere = '.offset.' in name and size == (1, 1)
+        if (
+            '.conv.bias' not in name
+            and '_encoder.' not in name
+            and not nowhere
+        ):
             assert parameter.grad.any(), name
         assert parameter.grad.isfinite().all(), name
 

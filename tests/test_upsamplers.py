@@ -234,9 +234,9 @@ UPSAMPLERS = [
 @pytest.mark.parametrize('cfg', UPSAMPLERS, ids=str)
 @pytest.mark.parametrize('scale_factor', [2, 3])
 def test_builds_every_upsampler(cfg, scale_factor):
-    module = build_upsampler(cfg, 6, scale_factor)
-    out = module(torch.randn(1, 6, 3, 5))
-    assert out.shape == (1, 6, 3 * scale_factor, 5 * scale_factor)
+    module = build_upsampler(cfg, 8, scale_factor)
+    out = module(torch.randn(1, 8, 3, 5))
+    assert out.shape == (1, 8, 3 * scale_factor, 5 * scale_factor)
 
 
 def test_pixel_shuffle_is_mmcvs():

@@ -3,9 +3,9 @@
 from mmcarafe import checkpoint, flops
 from mmcarafe.models.swap import swap_upsample
 from mmcarafe.registry import HAS_MMDET, HAS_MMSEG, MODELS
-from mmcarafe.upsamplers import CARAFE, UPSAMPLERS, DynamicFilter
+from mmcarafe.upsamplers import CARAFE, UPSAMPLERS, DynamicFilter, DySample
 
-__all__ = ['CARAFE', 'DynamicFilter', 'swap_upsample']
+__all__ = ['CARAFE', 'DySample', 'DynamicFilter', 'swap_upsample']
 
 for _type, (_cls, _) in UPSAMPLERS.items():
     if _type == _cls.__name__:  # ours; mmcv has registered the others

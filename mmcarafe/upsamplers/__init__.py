@@ -10,12 +10,14 @@ from mmcarafe.upsamplers.build import (
 )
 from mmcarafe.upsamplers.carafe import CARAFE
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
+from mmcarafe.upsamplers.dysample import DySample
 
 __all__ = [
     'CARAFE',
     'COMPARED',
     'UPSAMPLE_CFG',
     'UPSAMPLERS',
+    'DySample',
     'DynamicFilter',
     'PixelShuffle',
     'build_upsampler',

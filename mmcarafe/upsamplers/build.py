@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmcarafe.ops.carafe import check_int
 from mmcarafe.upsamplers.carafe import CARAFE, init_xavier
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
+from mmcarafe.upsamplers.dysample import DySample
 
 UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')  # the default everywhere
 # torch >= 2.7
@@ -65,6 +66,7 @@ UPSAMPLERS = {
     'deconv': (nn.ConvTranspose2d, 'deconvolution 3×3'),
     'pixel_shuffle': (PixelShuffle, 'pixel shuffle 3×3'),
     'DynamicFilter': (DynamicFilter, 'dynamic filter 5×5'),
+    'DySample': (DySample, 'DySample'),
     'CARAFE': (CARAFE, 'CARAFE 5×5'),
 }
 # What tables, benchmarks and tests compare: name -> config.

@@ -14,6 +14,7 @@ from mmengine.registry import init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcarafe import CARAFE
+from mmcarafe.flops import enable
 from mmcarafe.upsamplers import COMPARED
 
 CARAFE_FPN = 'configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
@@ -66,6 +67,7 @@ def test_torch_counts_without_the_host_projects():
 
 
 def test_mmengine_counts_multiply_adds():
+    enable()
     result = analysis.get_model_complexity_info(
         CARAFE(C), (C, 3, 5), show_table=False, show_arch=False
     )

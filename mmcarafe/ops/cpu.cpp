@@ -686,9 +686,9 @@ template <class T> struct Block {
              (double(a.H) / i + radius) * (double(a.W) / j + radius);
     };
     const int64_t most = 8 * threads / (a.N * a.G);
-    for (int64_t i = down, i_0 = down; i <= std::min(most_down, most); ++i)
-      for (int64_t j = i == i_0 ? across : 1;
-           j <= most_across && i * j <= most; ++j)
+    const int64_t least_across = across;
+    for (int64_t i = down; i <= std::min(most_down, most); ++i)
+      for (int64_t j = least_across; j <= most_across && i * j <= most; ++j)
         if (cost(i, j) < cost(down, across)) {
           down = i;
           across = j;

@@ -521,10 +521,11 @@ def main():
     if on_gpu:
         torch.cuda.set_device(args.device.index or 0)
     mmcv = gpu_baselines.find_mmcv(args.mmcv_src) if on_gpu else None
-    known = methods(torch.zeros(1, 64, 2, 2, device=args.device), mmcv)
-    for name in args.methods or []:
-        if name not in known:
-            fail(f'--methods: there is no {name!r}, only {", ".join(known)}')
+    if args.methods:
+        known = methods(torch.zeros(1, 64, 2, 2, device=args.device), mmcv)
+        for name in args.methods:
+            if name not in known:
+                fail(f'--methods: no {name!r}, only {", ".join(known)}')
     if not args.tests_passed and not tests_pass(args.device):
         fail("the operator's tests fail, so nothing is measured")
     torch.manual_seed(0)

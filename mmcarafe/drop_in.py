@@ -22,6 +22,7 @@ from mmengine.logging import print_log
 
 from mmcarafe import flops
 from mmcarafe.ops import carafe, carafe_from_logits, reference
+from mmcarafe.ops.export import is_compiling
 
 if find_spec('mmcv') is None or find_spec('mmcv._ext') is None:
     raise ImportError(
@@ -39,11 +40,6 @@ from mmcv.ops.carafe import (  # noqa: E402
     CARAFEPack,
 )
 
-# torch >= 2.3, else older
-_is_compiling = (
-    getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
-)
-
 
 @lru_cache(maxsize=None)
 def _announce():
@@ -52,7 +48,7 @@ def _announce():
 
 
 def _forward(ctx, features, masks, kernel_size, group_size, scale_factor):
-    if not _is_compiling():
+    if not is_compiling():
         _announce()
     ctx.save_for_backward(features, masks)
     ctx.arguments = kernel_size, group_size, scale_factor
@@ -82,7 +78,7 @@ def _pack_forward(self, x):
         if not inherited or step in self.__dict__:
             # a subclass or an instance has its own step
             return _ORIGINALS[CARAFEPack, 'forward'](self, x)
-    if not _is_compiling():
+    if not is_compiling():
         _announce()
     logits = self.content_encoder(self.channel_compressor(x))
     return carafe_from_logits(

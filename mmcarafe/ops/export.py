@@ -9,6 +9,13 @@ import torch.nn.functional as F
 
 from mmcarafe.ops import reference
 
+# torch >= 2.7
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+# torch >= 2.3, else older
+is_compiling = (
+    getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+)
+
 
 def reassemble(
     features,

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcarafe.ops.carafe import check_int
+from mmcarafe.ops.export import is_exporting
 from mmcarafe.upsamplers.carafe import CARAFE, init_xavier
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
 from mmcarafe.upsamplers.dysample import DySample
 
 UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')  # the default everywhere
-# torch >= 2.7
-_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 class PixelShuffle(nn.Module):
@@ -247,7 +246,7 @@ def match_size(
         0 <= x.shape[2] - height < scale_factor
         and 0 <= x.shape[3] - width < scale_factor
     ):
-        if _is_exporting() and not torch.onnx.is_in_onnx_export():
+        if is_exporting() and not torch.onnx.is_in_onnx_export():
             # torch.export specialises on whether a slice is the whole map;
             # index_select does not.
             rows = torch.arange(height, device=x.device)

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcarafe.ops.carafe import check_int
+from mmcarafe.ops.export import is_compiling, is_exporting
 from mmcarafe.ops.reference import unknown
 
 STYLES = ('lp', 'pl')
-# torch >= 2.7
-_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 class DySample(nn.Module):
@@ -137,11 +136,11 @@ def _sample(x, columns, rows):
     """
     if (
         torch.onnx.is_in_onnx_export()
-        or _is_exporting()
+        or is_exporting()
         or (x.is_cuda and torch.are_deterministic_algorithms_enabled())
     ):
         return _sample_by_reading(x, columns, rows)
-    if torch.compiler.is_compiling():  # whose gradients are of first order
+    if is_compiling():  # whose gradients are of first order
         return _sample_by_grid(x, columns, rows)
     return _Sample.apply(x, columns, rows)
 

@@ -3,13 +3,13 @@
 from mmcarafe import checkpoint, flops
 from mmcarafe.models.swap import swap_upsample
 from mmcarafe.registry import HAS_MMDET, HAS_MMSEG, MODELS
-from mmcarafe.upsamplers import CARAFE, UPSAMPLERS, DynamicFilter, DySample
+from mmcarafe.upsamplers import UPSAMPLERS
 
-__all__ = ['CARAFE', 'DySample', 'DynamicFilter', 'swap_upsample']
+__all__ = ['swap_upsample']
 
-for _type, (_cls, _) in UPSAMPLERS.items():
-    if _type == _cls.__name__:  # ours; mmcv has registered the others
-        MODELS.register_module(module=_cls)
+for _type, _row in UPSAMPLERS.items():
+    if _type == _row.cls.__name__:  # ours; mmcv has registered the others
+        MODELS.register_module(module=_row.cls)
 
 # The necks are subclasses of mmdet's and the head one of mmseg's. Without
 # these, or a package that mmseg imports but does not list, the rest works.

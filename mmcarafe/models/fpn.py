@@ -5,7 +5,11 @@ from mmengine.model import ModuleList
 
 from mmcarafe.ops.carafe import check_int
 from mmcarafe.registry import HAS_MMDET, HAS_MMSEG, MODELS
-from mmcarafe.upsamplers import UPSAMPLE_CFG, build_upsampler, match_size
+from mmcarafe.upsamplers import (
+    UPSAMPLE_CFG,
+    build_upsampler,
+    upsample_to_meet,
+)
 
 
 class TopDown:
@@ -37,9 +41,10 @@ class TopDown:
         used = inputs[used]
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, used)]
         for i in range(len(laterals) - 1, 0, -1):
-            upsampled = self.upsample_modules[i - 1](laterals[i])
-            size = laterals[i - 1].shape[2:]
-            laterals[i - 1] = laterals[i - 1] + match_size(upsampled, size)
+            finer, (upsampled,) = upsample_to_meet(
+                [self.upsample_modules[i - 1]], [laterals[i]], laterals[i - 1]
+            )
+            laterals[i - 1] = finer + upsampled
 
         outs = self.convolve(laterals)
         extra_convs = self.fpn_convs[len(laterals) :]
@@ -67,7 +72,9 @@ class TopDown:
 def build_upsamplers(fpn, upsample_cfg):
     """One upsampler for each step from a level to the next finer one."""
     return ModuleList(
-        build_upsampler(upsample_cfg, fpn.out_channels)
+        build_upsampler(
+            upsample_cfg, fpn.out_channels, guide_channels=fpn.out_channels
+        )
         for _ in fpn.lateral_convs[1:]
     )
 
@@ -95,8 +102,9 @@ if HAS_MMDET:
     class CARAFEFPN(TopDown, FPN):
         """mmdet's FPN with CARAFE where it upsamples (paper, section 4.1).
 
-        ``upsample_modules[i]`` upsamples the merged level ``i + 1``, which is
-        then cropped to the lateral of level ``i``, so any input size works.
+        ``upsample_modules[i]`` upsamples the merged level ``i + 1``, guided
+        by the lateral of level ``i`` where it wants a guide; the result is
+        cropped to that lateral, so any input size works.
         All other parameters keep FPN's names, so a plain FPN's weights load.
 
         Args:

@@ -7,7 +7,11 @@ from mmseg.models.utils import resize
 
 from mmcarafe.models.fpn import check_levels
 from mmcarafe.registry import MODELS
-from mmcarafe.upsamplers import UPSAMPLE_CFG, build_upsampler, match_size
+from mmcarafe.upsamplers import (
+    UPSAMPLE_CFG,
+    build_upsampler,
+    upsample_to_meet,
+)
 
 
 @MODELS.register_module()
@@ -37,6 +41,11 @@ class CARAFEUPerHead(UPerHead):
     upsampled map is resized to it bilinearly: see
     :func:`~mmcarafe.upsamplers.match_size`.
 
+    A guided upsampler's guide is the finer map that its own will meet: in PPM
+    the level itself, in FPN the lateral of the next finer level, in FUSE the
+    convolved one. What it changes the guide to takes the guide's place; of
+    the four in PPM, which share a guide, the mean does.
+
     All parameters of ``UPerHead`` keep their names. The upsamplers are
     ``ppm_upsample_modules``, one for each pool scale, and
     ``fpn_upsample_modules`` and ``fuse_upsample_modules``, whose entry i
@@ -65,14 +74,18 @@ class CARAFEUPerHead(UPerHead):
         c = self.channels
         steps = len(self.in_channels) - 1
         self.ppm_upsample_modules = _build(
-            ppm_upsample_cfg, [c] * len(self.psp_modules), 'ppm_upsample_cfg'
+            ppm_upsample_cfg,
+            [c] * len(self.psp_modules),
+            self.in_channels[-1],
+            'ppm_upsample_cfg',
         )
         self.fpn_upsample_modules = _build(
-            fpn_upsample_cfg, [c] * steps, 'fpn_upsample_cfg'
+            fpn_upsample_cfg, [c] * steps, c, 'fpn_upsample_cfg'
         )
         self.fuse_upsample_modules = _build(
             fuse_upsample_cfg,
             [c * (steps - i) for i in range(steps)],
+            c,
             'fuse_upsample_cfg',
         )
 
@@ -86,17 +99,17 @@ class CARAFEUPerHead(UPerHead):
             Tensor[N, C, H, W]: P5, as large as the last of ``inputs``.
         """
         x = inputs[-1]
-        size = x.shape[2:]
-        half = [(length + 1) // 2 for length in size]
-        outs = [x]
-        for i, pool in enumerate(self.psp_modules):
-            pooled = pool(x)
-            if self.ppm_upsample_modules is not None:
-                pooled = self._resize(pooled, half)
-            outs.append(
-                self._upsample(pooled, size, self.ppm_upsample_modules, i)
+        pooled = [pool(x) for pool in self.psp_modules]
+        if self.ppm_upsample_modules is None:
+            outs = [self._resize(each, x.shape[2:]) for each in pooled]
+        else:
+            half = [(length + 1) // 2 for length in x.shape[2:]]
+            x, outs = upsample_to_meet(
+                self.ppm_upsample_modules,
+                [self._resize(each, half) for each in pooled],
+                x,
             )
-        return self.bottleneck(torch.cat(outs, dim=1))
+        return self.bottleneck(torch.cat([x, *outs], dim=1))
 
     def _forward_feature(self, inputs):
         inputs = self._transform_inputs(inputs)
@@ -104,12 +117,10 @@ class CARAFEUPerHead(UPerHead):
         levels = [conv(x) for conv, x in zip(self.lateral_convs, inputs)]
         levels.append(self.psp_forward(inputs))
         for i in reversed(range(len(self.lateral_convs))):
-            levels[i] = levels[i] + self._upsample(
-                levels[i + 1],
-                levels[i].shape[2:],
-                self.fpn_upsample_modules,
-                i,
+            finer, upsampled = self._upsample(
+                levels[i + 1], levels[i], self.fpn_upsample_modules, i
             )
+            levels[i] = finer + upsampled
         for i, conv in enumerate(self.fpn_convs):
             levels[i] = conv(levels[i])
         return self.fpn_bottleneck(self._fuse(levels))
@@ -122,16 +133,20 @@ class CARAFEUPerHead(UPerHead):
             return torch.cat(levels, dim=1)
         fused = levels[-1]
         for i in reversed(range(len(self.fuse_upsample_modules))):
-            fused = self._upsample(
-                fused, levels[i].shape[2:], self.fuse_upsample_modules, i
+            fused = torch.cat(
+                self._upsample(
+                    fused, levels[i], self.fuse_upsample_modules, i
+                ),
+                dim=1,
             )
-            fused = torch.cat([levels[i], fused], dim=1)
         return fused
 
-    def _upsample(self, x, size, upsamplers, i):
+    def _upsample(self, x, finer, upsamplers, i):
+        """The finer map, as a guided upsampler leaves it, and x as large."""
         if upsamplers is None:
-            return self._resize(x, size)
-        return match_size(upsamplers[i](x), size)
+            return finer, self._resize(x, finer.shape[2:])
+        finer, (x,) = upsample_to_meet([upsamplers[i]], [x], finer)
+        return finer, x
 
     def _resize(self, x, size):
         return resize(
@@ -139,9 +154,12 @@ class CARAFEUPerHead(UPerHead):
         )
 
 
-def _build(cfg, channels, name):
+def _build(cfg, channels, guide_channels, name):
     """One upsampler for each number of channels; None without a config."""
     if cfg is None:
         return None
     # mmengine's list, unlike torch's, passes init_weights on to its members.
-    return ModuleList(build_upsampler(cfg, c, name=name) for c in channels)
+    return ModuleList(
+        build_upsampler(cfg, c, name=name, guide_channels=guide_channels)
+        for c in channels
+    )

@@ -144,6 +144,62 @@ def carafe_from_logits(
     )
 
 
+def window_similarity(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int,
+    group_size: int = 1,
+    scale_factor: int = 2,
+) -> Tensor:
+    """Compare each output pixel with the window that it would be made of.
+
+    Scalar products, in the layout of the masks of :func:`carafe`, so that
+    ``carafe(x, window_similarity(y, x, K).softmax(1), K)`` reassembles x by
+    its similarity to y. It is the gradient that the masks have in
+    :func:`carafe`, without a K*K-fold copy of the key. fp16 and bf16
+    accumulate in fp32. Gradients of any order exist.
+
+    Args:
+        query (Tensor[N, C, S*H, S*W]): floating-point map of output pixels.
+            N may be 0.
+        key (Tensor[N, C, H, W]): map whose windows are read. Same dtype and
+            device as query (under autocast the wider of the two wins).
+        kernel_size (int): K, odd, in pixels of the key.
+        group_size (int): G. A product takes the channels of one of G groups.
+            Divides C.
+        scale_factor (int): S >= 1.
+
+    Returns:
+        Tensor[N, G*K*K, S*H, S*W]: group-major, then row-major over the K×K
+        window; zero for taps outside the key. In the dtype of ``query``.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong value, shape or device.
+    """
+    hyperparameters = kernel_size, group_size, scale_factor
+    _check_hyperparameters(*hyperparameters)
+    _check_features(key, group_size, 'key')
+    n, channels, height, width = key.shape
+    s = scale_factor
+    _check_scores(
+        'query', query, key, ('C', channels), ('S*H, S*W', s), 'key'
+    )
+    if query.dtype != key.dtype:  # under autocast
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(dtype), key.to(dtype)
+    if torch.onnx.is_in_onnx_export():
+        return export.window_similarity(query, key, *hyperparameters)
+    # Says what the shape and the strides of the result are; never read.
+    masks = query.new_empty(
+        n, group_size * kernel_size**2, s * height, s * width
+    )
+    scores = torch.ops.mmcarafe.reassemble_grad_weights(
+        query, key, reference.scores_from_masks(masks, *hyperparameters), None
+    )
+    return reference.masks_from_scores(scores)
+
+
 def _reassemble(features, scores, normalizer, border, *hyperparameters):
     if torch.onnx.is_in_onnx_export():
         # The exporters may trace shapes, so K, G and S go in as plain ints.
@@ -196,41 +252,41 @@ def _check_map(name, x):
         )
 
 
-def _check_features(features, group_size):
-    _check_map('features', features)
+def _check_features(features, group_size, name='features'):
+    _check_map(name, features)
     _, channels, height, width = features.shape
     # not min() of them, which torch.export takes for a fact about the sizes
     if channels < 1 or height < 1 or width < 1:
         raise ValueError(
-            f'features has shape {tuple(features.shape)}, '
+            f'{name} has shape {tuple(features.shape)}, '
             'expected C, H and W >= 1'
         )
     if channels % group_size:
         raise ValueError(
-            f'features has {channels} channels, '
+            f'{name} has {channels} channels, '
             f'expected a multiple of group_size = {group_size}'
         )
 
 
-def _check_scores(name, scores, features, channels, size):
+def _check_scores(name, scores, features, channels, size, other='features'):
     _check_map(name, scores)
     if scores.device != features.device:
         raise ValueError(
             f'{name} is on {scores.device}, '
-            f'expected {features.device}, where features is'
+            f'expected {features.device}, where {other} is'
         )
     if scores.dtype != features.dtype and not operators.autocast_enabled(
         features.device.type
     ):
         raise TypeError(
             f'{name} has dtype {scores.dtype}, '
-            f'expected {features.dtype}, as features'
+            f'expected {features.dtype}, as {other}'
         )
     n, _, height, width = features.shape
     if scores.shape[0] != n:
         raise ValueError(
             f'{name} has batch size {scores.shape[0]}, '
-            f'expected {n}, as features'
+            f'expected {n}, as {other}'
         )
     letters, expected = channels
     if scores.shape[1] != expected:

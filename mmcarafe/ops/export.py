@@ -46,6 +46,24 @@ def reassemble(
     return F.pixel_shuffle(y, scale_factor).to(features.dtype)
 
 
+def window_similarity(query, key, kernel_size, group_size, scale_factor):
+    """See :func:`mmcarafe.ops.window_similarity`."""
+    height, width = key.shape[-2:]
+    r = kernel_size // 2
+    q = F.pixel_unshuffle(reference.accumulable(query), scale_factor)
+    # [N, G, C/G, S*S, H, W] and [N, G, C/G, 1, H+2r, W+2r]
+    q = q.unflatten(1, (group_size, -1, scale_factor**2))
+    x = F.pad(reference.accumulable(key), (r, r, r, r))
+    x = x.unflatten(1, (group_size, -1, 1))
+    products = []
+    for k in range(kernel_size**2):
+        top, left = divmod(k, kernel_size)
+        window = x[..., top : top + height, left : left + width]
+        products.append((q * window).sum(2))  # [N, G, S*S, H, W]
+    out = torch.stack(products, 2).flatten(1, 3)  # [N, G*K*K*S*S, H, W]
+    return F.pixel_shuffle(out, scale_factor).to(query.dtype)
+
+
 def adaptive_avg_pool2d(x, size):
     """``F.adaptive_avg_pool2d`` as two matrix products.
 

@@ -6,15 +6,17 @@ from mmcarafe.upsamplers.build import (
     UPSAMPLERS,
     PixelShuffle,
     build_upsampler,
-    match_size,
 )
 from mmcarafe.upsamplers.carafe import CARAFE
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
 from mmcarafe.upsamplers.dysample import DySample
+from mmcarafe.upsamplers.meet import match_size, upsample_to_meet
+from mmcarafe.upsamplers.sapa import SAPA
 
 __all__ = [
     'CARAFE',
     'COMPARED',
+    'SAPA',
     'UPSAMPLE_CFG',
     'UPSAMPLERS',
     'DySample',
@@ -22,4 +24,5 @@ __all__ = [
     'PixelShuffle',
     'build_upsampler',
     'match_size',
+    'upsample_to_meet',
 ]

@@ -7,16 +7,17 @@ import difflib
 import inspect
 import warnings
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcarafe.ops.carafe import check_int
-from mmcarafe.ops.export import is_exporting
 from mmcarafe.upsamplers.carafe import CARAFE, init_xavier
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
 from mmcarafe.upsamplers.dysample import DySample
+from mmcarafe.upsamplers.sapa import SAPA
 
 UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')  # the default everywhere
 
@@ -56,20 +57,47 @@ class PixelShuffle(nn.Module):
         return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
 
 
-# Type in configs -> class, and name in tables. With torch alone, configs may
-# name only these; with mmengine, also any registered module. 'CARAFE' is short
-# for 'mmcarafe.CARAFE'.
+class Upsampler(NamedTuple):
+    """What is known of a type that configs may name."""
+
+    cls: type
+    name: str  # in tables
+    what: str  # how it upsamples
+
+
+# Type in configs -> what it is. With torch alone, configs may name only these;
+# with mmengine, also any registered module. 'CARAFE' is short for
+# 'mmcarafe.CARAFE'.
 UPSAMPLERS = {
-    'nearest': (nn.Upsample, 'nearest'),
-    'bilinear': (nn.Upsample, 'bilinear'),
-    'deconv': (nn.ConvTranspose2d, 'deconvolution 3×3'),
-    'pixel_shuffle': (PixelShuffle, 'pixel shuffle 3×3'),
-    'DynamicFilter': (DynamicFilter, 'dynamic filter 5×5'),
-    'DySample': (DySample, 'DySample'),
-    'CARAFE': (CARAFE, 'CARAFE 5×5'),
+    'nearest': Upsampler(nn.Upsample, 'nearest', 'repeats each pixel'),
+    'bilinear': Upsampler(
+        nn.Upsample, 'bilinear', 'interpolates between pixels'
+    ),
+    'deconv': Upsampler(
+        nn.ConvTranspose2d, 'deconvolution 3×3', 'a transposed convolution'
+    ),
+    'pixel_shuffle': Upsampler(
+        PixelShuffle,
+        'pixel shuffle 3×3',
+        'a convolution to S*S times the channels',
+    ),
+    'DynamicFilter': Upsampler(
+        DynamicFilter,
+        'dynamic filter 5×5',
+        'a predicted window for each pixel and channel',
+    ),
+    'DySample': Upsampler(
+        DySample, 'DySample', 'interpolates at predicted positions'
+    ),
+    'CARAFE': Upsampler(
+        CARAFE, 'CARAFE 5×5', 'a predicted window for each pixel'
+    ),
+    'SAPA': Upsampler(
+        SAPA, 'SAPA 5×5', 'a window weighted by similarity to the guide'
+    ),
 }
 # What tables, benchmarks and tests compare: name -> config.
-COMPARED = {name: dict(type=kind) for kind, (_, name) in UPSAMPLERS.items()}
+COMPARED = {row.name: dict(type=kind) for kind, row in UPSAMPLERS.items()}
 
 
 def build_upsampler(
@@ -77,12 +105,13 @@ def build_upsampler(
     channels: int,
     scale_factor: int = 2,
     name: str = 'upsample_cfg',
+    guide_channels: 'int | None' = None,
 ) -> nn.Module:
     """Build an upsampler from C to C channels from its config.
 
-    ``channels`` (or ``in_channels`` and ``out_channels``) and
-    ``scale_factor`` are filled in where the class takes them; a config may
-    not contradict them.
+    ``channels`` (or ``in_channels`` and ``out_channels``), ``scale_factor``
+    and ``guide_channels`` are filled in where the class takes them; a config
+    may not contradict them.
 
     Args:
         cfg (dict | str): ``type`` is ``'mmcarafe.CARAFE'``, ``'nearest'``,
@@ -93,14 +122,20 @@ def build_upsampler(
         channels (int): C.
         scale_factor (int): S.
         name (str): what the config is called in error messages.
+        guide_channels (int, optional): channels of the guide, a finer map
+            ``[N, guide_channels, S*H, S*W]``; None where there is no guide.
 
     Returns:
-        nn.Module: maps ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``.
+        nn.Module: maps ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``. Where its
+        class has a true ``guided``, ``forward(x, guide)`` wants the guide, and
+        may return the pair (changed guide, upsampled map): see
+        :func:`~mmcarafe.upsamplers.upsample_to_meet`.
 
     Raises:
         TypeError: ``cfg`` is neither dict nor str.
         ValueError: ``cfg`` has no type, an unknown one, or arguments that its
-            class refuses, or what it builds does not upsample C channels by S.
+            class refuses, or what it builds does not upsample C channels by S,
+            or wants a guide where there is none.
     """
     if isinstance(cfg, str):
         cfg = dict(type=cfg)
@@ -118,7 +153,21 @@ def build_upsampler(
     arguments = dict(cfg)
     kind = arguments.pop('type')
     cls = _find_class(kind, name)
-    _fill_in(arguments, kind, cls, channels, scale_factor, name)
+    guided = getattr(cls, 'guided', False)
+    if guided and guide_channels is None:
+        raise ValueError(
+            f'{name} is {dict(cfg)}: {cls.__name__} wants a guide, a finer '
+            'map that the upsampled one will meet, and there is none here; '
+            'expected an upsampler without a guide'
+        )
+    decided = dict(
+        scale_factor=scale_factor,
+        channels=channels,
+        in_channels=channels,
+        out_channels=channels,
+        guide_channels=guide_channels,
+    )
+    _fill_in(arguments, kind, cls, decided, name)
     try:
         module = cls(**arguments)
     except (TypeError, ValueError) as error:
@@ -129,7 +178,12 @@ def build_upsampler(
                 f'{name}=dict(_delete_=True, type=...)'
             )
         raise ValueError(f'{name} is {dict(cfg)}: {error}{hint}') from error
-    _check_upsamples(module, channels, scale_factor, f'{name} is {dict(cfg)}')
+    _check_upsamples(
+        module,
+        (channels, guide_channels) if guided else (channels,),
+        scale_factor,
+        f'{name} is {dict(cfg)}',
+    )
     return module
 
 
@@ -139,8 +193,10 @@ def _find_class(kind, name):
     cls = None
     known = list(UPSAMPLERS)
     if isinstance(kind, str):
-        cls, _ = UPSAMPLERS.get(kind.split('mmcarafe.')[-1], (None, None))
-        if cls is None and find_spec('mmengine'):
+        row = UPSAMPLERS.get(kind.split('mmcarafe.')[-1])
+        if row:
+            cls = row.cls
+        elif find_spec('mmengine'):
             from mmcarafe.registry import MODELS
 
             try:
@@ -159,14 +215,9 @@ def _find_class(kind, name):
     return cls
 
 
-def _fill_in(arguments, kind, cls, channels, scale_factor, name):
+def _fill_in(arguments, kind, cls, decided, name):
     """Add the arguments that the upsampler's place decides, if missing."""
-    decided = dict(
-        scale_factor=scale_factor,
-        channels=channels,
-        in_channels=channels,
-        out_channels=channels,
-    )
+    scale_factor = decided['scale_factor']
     for key, expected in decided.items():
         if arguments.get(key) not in (None, expected):
             raise ValueError(
@@ -200,57 +251,34 @@ def _fill_in(arguments, kind, cls, channels, scale_factor, name):
 
 
 def _check_upsamples(module, channels, scale_factor, what):
-    """Run the module once, on a small map."""
+    """Run the module once, on a small map and, where it wants one, a guide.
+
+    ``channels`` are those of both.
+    """
     if any(cls.__module__ == 'mmcv.ops.carafe' for cls in type(module).mro()):
         return  # runs on a GPU only
     example = next(module.parameters(), torch.empty(0))
-    x = example.new_zeros(1, channels, 8, 12)
+    low, high = (8, 12), (8 * scale_factor, 12 * scale_factor)
+    inputs = [
+        example.new_zeros(1, c, *size) for c, size in zip(channels, (low, high))
+    ]
     training = [(each, each.training) for each in module.modules()]
     try:
         with torch.no_grad():
-            out = module.eval()(x)
+            out = module.eval()(*inputs)
     except Exception as error:  # of a module that this package does not know
         warnings.warn(f'{what}: not tried out, because {error}', stacklevel=3)
         return
     finally:
         for each, mode in training:
             each.training = mode
-    expected = (1, channels, 8 * scale_factor, 12 * scale_factor)
+    if len(inputs) == 2 and isinstance(out, tuple):
+        _, out = out
+    expected = (1, channels[0], *high)
     made = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if made != expected:
         raise ValueError(
-            f'{what}: it makes {made} from a map of {tuple(x.shape)}, '
+            f'{what}: it makes {made} from a map of {tuple(inputs[0].shape)}, '
             f'expected {expected}'
         )
 
-
-def match_size(
-    x: Tensor, size: 'tuple[int, int]', scale_factor: int = 2
-) -> Tensor:
-    """Bring an upsampled map to the size of the map that it must meet.
-
-    A map that was halved from an odd size comes back one pixel too large: it
-    is cropped at the bottom and right, where the halving's padding was. A map
-    that is not within S pixels of the size is resized bilinearly.
-
-    Args:
-        x (Tensor[N, C, H, W]): upsampled map.
-        size (tuple[int, int]): height and width to meet.
-        scale_factor (int): S, by which ``x`` was upsampled.
-
-    Returns:
-        Tensor[N, C, *size]: a view of ``x`` where it could be cropped.
-    """
-    height, width = size
-    if (
-        0 <= x.shape[2] - height < scale_factor
-        and 0 <= x.shape[3] - width < scale_factor
-    ):
-        if is_exporting() and not torch.onnx.is_in_onnx_export():
-            # torch.export specialises on whether a slice is the whole map;
-            # index_select does not.
-            rows = torch.arange(height, device=x.device)
-            columns = torch.arange(width, device=x.device)
-            return x.index_select(2, rows).index_select(3, columns)
-        return x[:, :, :height, :width]
-    return F.interpolate(x, (height, width), mode='bilinear')

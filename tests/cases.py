@@ -51,6 +51,7 @@ CASES = {
     'one-pixel': Case(1, 2, 1, 1),
     'c-not-a-power-of-two': Case(1, 37, 4, 9),
     'c-above-a-chunk': Case(1, 35, 5, 19, s=2),
+    'c-of-whole-cache-lines': Case(1, 32, 3, 19),
     'empty-batch': Case(0, 4, 3, 5),
 }
 all_cases = pytest.mark.parametrize('case', CASES.values(), ids=CASES)

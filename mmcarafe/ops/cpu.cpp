@@ -29,6 +29,9 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #if __has_include(<unistd.h>)
 #include <unistd.h>  // sysconf
 #endif
@@ -43,29 +46,23 @@ extern "C" void GOMP_parallel(void (*function)(void *), void *data,
 
 namespace {
 
+// SUMS: how many sums are kept in registers at once.
 #if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64;
+constexpr int VECTOR_BYTES = 64, SUMS = 16;
 #elif defined(__AVX2__)
-constexpr int VECTOR_BYTES = 32;
+constexpr int VECTOR_BYTES = 32, SUMS = 12;
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16, SUMS = 16;
 #else
-constexpr int VECTOR_BYTES = 16;
-#endif
-
-// How many sums are kept in registers at once.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int SUMS = 16;
-#elif defined(__AVX2__)
-constexpr int SUMS = 12;
-#else
-constexpr int SUMS = 8;
+constexpr int VECTOR_BYTES = 16, SUMS = 8;
 #endif
 
 // Source pixels of a row whose weights lie together: a multiple of LANES.
 constexpr int COLUMNS = 16;
 
-// Channels that are copied at once: a multiple of LANES, so that they can be
-// transposed, and of the channels of the tiles below.
-constexpr int CHUNK = SUMS == 12 ? 24 : 16;
+// Channels that are copied at once: whole cache lines, for copies that
+// transpose, and whole tiles of the arithmetic.
+constexpr int CHUNK = SUMS == 12 ? 48 : 16;
 
 // In the order of the tuples in reference.py.
 enum Border { ZEROS, RENORMALIZE };
@@ -103,8 +100,7 @@ template <class To, class From> inline To bit_cast(From from) {
   return to;
 }
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
+template <class A> inline A widen(A x) { return x; }
 inline float widen(Bfloat x) {
   return bit_cast<float>(uint32_t(x.bits) << 16);
 }
@@ -116,8 +112,7 @@ inline float widen(Half x) {
   return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
 }
 
-inline void narrow(float x, float &to) { to = x; }
-inline void narrow(double x, double &to) { to = x; }
+template <class A> inline void narrow(A x, A &to) { to = x; }
 inline void narrow(float x, Bfloat &to) {  // to nearest, ties to even
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -155,6 +150,18 @@ template <class A> inline Vector<A> load(const A *from) {
 }
 template <class A> inline void store(A *to, Vector<A> x) {
   std::memcpy(to, &x, sizeof x);
+}
+
+// A store past the caches, into which the other bytes of a cache line would
+// have to be read first: for whole lines, written at once.
+template <class V> inline void stream(void *to, V x) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i *>(to), (__m512i)x);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i *>(to), (__m256i)x);
+#else
+  std::memcpy(to, &x, sizeof x);
+#endif
 }
 
 // The elements FROM... of a and b, those of b counted on from those of a
@@ -210,10 +217,8 @@ inline Vector<float> exp_nonpositive(Vector<float> x) {
   const Vector<float> shifted = x * 1.44269504f + round, n = shifted - round;
   const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vector<float> y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
+  y = (y * r + 8.3334519073e-3f) * r + 4.1665795894e-2f;
+  y = (y * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.f;
   y = (Vector<float>)((Integers)y + ((Integers)shifted << 23));
   y = x < -87.33654f ? Vector<float>{} : y;
@@ -227,7 +232,7 @@ inline Vector<float> exp_nonpositive(Vector<float> x) {
 // They are L wide: the last one overlaps its neighbour rather than reaching
 // beyond the end. Only a count below L makes a narrower one.
 template <int L, class Body>
-inline void for_overlapping(int64_t count, Body body) {
+[[gnu::always_inline]] inline void for_overlapping(int64_t count, Body body) {
   constexpr std::integral_constant<int64_t, L> whole;
   if (count < L)
     return body(0, count);
@@ -236,43 +241,37 @@ inline void for_overlapping(int64_t count, Body body) {
   body(count - L, whole);
 }
 
-// Where the first of two 16-bit numbers is, in the 32 bits of both
-constexpr int FIRST = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 16;
-
 // to_0[i], to_1[i] = from[2 * i], from[2 * i + 1] for L values of i
 template <class T, class A>
 inline void read_pairs(A *to_0, A *to_1, const T *from) {
   constexpr int L = LANES<A>;
   constexpr std::make_integer_sequence<int, L> lanes;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    const Vector<A> a = load(from), b = load(from + L);
-    store(to_0, deinterleave<0>(a, b, lanes));
-    store(to_1, deinterleave<1>(a, b, lanes));
-  } else {
-    for (int i = 0; i < L; ++i) {
-      uint32_t pair;
-      std::memcpy(&pair, from + 2 * i, sizeof pair);
-      to_0[i] = widen(T{uint16_t(pair >> FIRST)});
-      to_1[i] = widen(T{uint16_t(pair >> (16 - FIRST))});
-    }
-  }
+  A values[2 * L];
+  for (int i = 0; i < 2 * L; ++i)
+    values[i] = widen(from[i]);
+  const Vector<A> a = load(values), b = load(values + L);
+  store(to_0, deinterleave<0>(a, b, lanes));
+  store(to_1, deinterleave<1>(a, b, lanes));
 }
+
+// Where the first of two 16-bit numbers is, in the 32 bits of both
+constexpr int FIRST = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 16;
 
 // to[2 * i], to[2 * i + 1] = from_0[i], from_1[i] for L values of i
 template <class T, class A>
 inline void write_pairs(T *to, const A *from_0, const A *from_1) {
   constexpr int L = LANES<A>;
   constexpr std::make_integer_sequence<int, L> lanes;
+  const Vector<A> a = load(from_0), b = load(from_1);
   if constexpr (sizeof(T) == sizeof(A)) {
-    const Vector<A> a = load(from_0), b = load(from_1);
     store(to, interleave<0>(a, b, lanes));
     store(to + L, interleave<1>(a, b, lanes));
   } else {
     for (int i = 0; i < L; ++i) {
-      T a, b;
-      narrow(from_0[i], a);
-      narrow(from_1[i], b);
-      const uint32_t pair = uint32_t(a.bits) << FIRST | uint32_t(b.bits)
+      T x, y;
+      narrow(a[i], x);
+      narrow(b[i], y);
+      const uint32_t pair = uint32_t(x.bits) << FIRST | uint32_t(y.bits)
                                                             << (16 - FIRST);
       std::memcpy(to + 2 * i, &pair, sizeof pair);
     }
@@ -281,9 +280,8 @@ inline void write_pairs(T *to, const A *from_0, const A *from_1) {
 
 // to[r * pitch + c] = from[r * row + c * column] for 0 <= c < count
 template <class T, class A>
-__attribute__((noinline)) void read(A *to, int64_t pitch, const T *from,
-                                    int64_t rows, int64_t count, int64_t row,
-                                    int64_t column) {
+[[gnu::noinline]] void read(A *to, int64_t pitch, const T *from, int64_t rows,
+                            int64_t count, int64_t row, int64_t column) {
   constexpr int L = LANES<A>;
   int64_t r = 0;
   if (column == 1) {
@@ -298,20 +296,21 @@ __attribute__((noinline)) void read(A *to, int64_t pitch, const T *from,
     });
     r = 2;
   } else if (row == 1) {
-    for (; r + L <= rows; r += L) {
+    for (; r + L <= rows; r += L)
       for_overlapping<L>(count, [=](int64_t c, auto width) {
         Vector<A> x[L] = {};
         for (int i = 0; i < width; ++i) {
           A values[L];
           for (int j = 0; j < L; ++j)
             values[j] = widen(from[r + j + (c + i) * column]);
+          // Pixels are far apart: fetch those that are read next.
+          __builtin_prefetch(from + r + (c + COLUMNS + i) * column);
           x[i] = load(values);
         }
         transpose<A>(x);
         for (int j = 0; j < L; ++j)
           std::memcpy(to + (r + j) * pitch + c, &x[j], width * sizeof(A));
       });
-    }
   }
   for (; r < rows; ++r)
     for (int64_t c = 0; c < count; ++c)
@@ -320,9 +319,8 @@ __attribute__((noinline)) void read(A *to, int64_t pitch, const T *from,
 
 // to[r * row + c * column] = from[r * pitch + c] for 0 <= c < count
 template <class T, class A>
-__attribute__((noinline)) void write(T *to, int64_t row, int64_t column,
-                                     const A *from, int64_t pitch,
-                                     int64_t rows, int64_t count) {
+[[gnu::noinline]] void write(const A *from, int64_t pitch, T *to, int64_t rows,
+                             int64_t count, int64_t row, int64_t column) {
   constexpr int L = LANES<A>;
   int64_t r = 0;
   if (column == 1) {
@@ -337,23 +335,31 @@ __attribute__((noinline)) void write(T *to, int64_t row, int64_t column,
     });
     r = 2;
   } else if (row == 1) {
-    for (; r + L <= rows; r += L) {
-      for_overlapping<L>(count, [=](int64_t c, auto width) {
-        Vector<A> x[L] = {};
-        for (int j = 0; j < L; ++j)
-          std::memcpy(&x[j], from + (r + j) * pitch + c, width * sizeof(A));
-        transpose<A>(x);
-        // Pixels are far apart: fetch the next ones before they are written.
-        for (int i = 0; i < width; ++i)
-          __builtin_prefetch(to + r + (c + L + i) * column, 1);
-        for (int i = 0; i < width; ++i) {
-          A values[L];
-          store(values, x[i]);
-          for (int j = 0; j < L; ++j)
-            narrow(values[j], to[r + j + (c + i) * column]);
-        }
-      });
-    }
+    const auto transposed = [&](auto streams) {
+      constexpr int COUNT = streams ? 64 / sizeof(T) : L;
+      for (; r + COUNT <= rows; r += COUNT)
+        for_overlapping<L>(count, [=](int64_t c, auto width) {
+          Vector<A> x[COUNT / L][L] = {};
+          for (int j = 0; j < COUNT; ++j)
+            std::memcpy(&x[j / L][j % L], from + (r + j) * pitch + c,
+                        width * sizeof(A));
+          for (auto &part : x)
+            transpose<A>(part);
+          for (int i = 0; i < width; ++i)
+            for (int j = 0; j < COUNT; j += L) {
+              T *pixel = to + r + j + (c + i) * column;
+              if constexpr (streams)
+                stream(pixel, x[j / L][i]);
+              else
+                for (int k = 0; k < L; ++k)
+                  narrow(x[j / L][i][k], pixel[k]);
+            }
+        });
+    };
+    if constexpr (sizeof(T) == sizeof(A))
+      if ((uintptr_t(to) | column * sizeof(T)) % 64 == 0)
+        transposed(std::true_type());
+    transposed(std::false_type());
   }
   for (; r < rows; ++r)
     for (int64_t c = 0; c < count; ++c)
@@ -362,9 +368,9 @@ __attribute__((noinline)) void write(T *to, int64_t row, int64_t column,
 
 // Like read(), into rows of width: those columns, and left zeros before them.
 template <class T, class A>
-__attribute__((noinline)) void
-read_padded(A *to, int64_t pitch, int64_t left, int64_t width, const T *from,
-            int64_t rows, int64_t count, int64_t row, int64_t column) {
+void read_padded(A *to, int64_t pitch, int64_t left, int64_t width,
+                 const T *from, int64_t rows, int64_t count, int64_t row,
+                 int64_t column) {
   if (left > 0 || left + count < width)
     for (int64_t r = 0; r < rows; ++r) {
       std::fill(to + r * pitch, to + r * pitch + left, A(0));
@@ -394,17 +400,11 @@ template <int MODE, class V> inline V rise(V logit, V top) {
 
 // Calls f with the normaliser as a constant; false if it is unknown.
 template <class F> inline bool with_normalizer(int64_t normalizer, F f) {
-  switch (normalizer) {
-  case SOFTMAX:
-    return f(std::integral_constant<int, SOFTMAX>()), true;
-  case SIGMOID_NORMALIZED:
-    return f(std::integral_constant<int, SIGMOID_NORMALIZED>()), true;
-  case SIGMOID:
-    return f(std::integral_constant<int, SIGMOID>()), true;
-  case NONE:
-    return f(std::integral_constant<int, NONE>()), true;
-  }
-  return false;
+  const auto is = [&](auto m) { return normalizer == m && (f(m), true); };
+  return is(std::integral_constant<int, SOFTMAX>()) ||
+         is(std::integral_constant<int, SIGMOID_NORMALIZED>()) ||
+         is(std::integral_constant<int, SIGMOID>()) ||
+         is(std::integral_constant<int, NONE>());
 }
 
 constexpr bool has_sum(int mode) {
@@ -467,20 +467,21 @@ void normalize_backward_mode(const A *logits, const A *weights, A *grad,
 
 // ---------------------------------------------------------------------------
 // Arithmetic on COLUMNS source pixels of a row. Pitches are distances in
-// buffers. A template argument of 0 means that the number is known at run time
-// only.
+// buffers. A KERNEL of 0 means that K is known at run time only.
+
+struct Counts {
+  int64_t K, subpixels, channels, columns;
+};
 
 // y[c, p] = sum over k of x[c, k] * w[k, p], for SUBPIXELS subpixels p
 template <int KERNEL, int SUBPIXELS, class A>
 inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
-                            const A *w, A *y, int64_t y_pitch, int64_t kernel,
-                            int64_t subpixels, int64_t channels,
-                            int64_t columns) {
+                            const A *w, A *y, int64_t y_pitch, Counts n) {
   constexpr int CHANNELS = SUMS / SUBPIXELS;
   static_assert(CHUNK % CHANNELS == 0, "whole tiles");
-  const int64_t K = KERNEL ? KERNEL : kernel;
-  for (int64_t v = 0; v < columns; v += LANES<A>)
-    for (int64_t c = 0; c < channels; c += CHANNELS) {
+  const int64_t K = KERNEL ? KERNEL : n.K;
+  for (int64_t v = 0; v < n.columns; v += LANES<A>)
+    for (int64_t c = 0; c < n.channels; c += CHANNELS) {
       Vector<A> sum[CHANNELS][SUBPIXELS] = {};
       for (int64_t ky = 0; ky < K; ++ky)
         for (int64_t kx = 0; kx < K; ++kx) {
@@ -489,14 +490,14 @@ inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
             value[i] = load(x + (c + i) * x_pitch + ky * pitch + kx + v);
           for (int p = 0; p < SUBPIXELS; ++p) {
             const Vector<A> weight =
-                load(w + ((ky * K + kx) * subpixels + p) * COLUMNS + v);
+                load(w + ((ky * K + kx) * n.subpixels + p) * COLUMNS + v);
             for (int i = 0; i < CHANNELS; ++i)
               sum[i][p] += value[i] * weight;
           }
         }
       for (int i = 0; i < CHANNELS; ++i)
         for (int p = 0; p < SUBPIXELS; ++p)
-          store(y + ((c + i) * subpixels + p) * y_pitch + v, sum[i][p]);
+          store(y + ((c + i) * n.subpixels + p) * y_pitch + v, sum[i][p]);
     }
 }
 
@@ -504,17 +505,14 @@ inline void reassemble_tile(const A *x, int64_t x_pitch, int64_t pitch,
 // S*S, y_pitch]
 template <int KERNEL, class A>
 void reassemble_row(const A *x, int64_t x_pitch, int64_t pitch, const A *w,
-                    A *y, int64_t y_pitch, int64_t kernel, int64_t subpixels,
-                    int64_t channels, int64_t columns) {
+                    A *y, int64_t y_pitch, Counts n) {
   int64_t p = 0;
-  for (; p + 4 <= subpixels; p += 4)
+  for (; p + 4 <= n.subpixels; p += 4)
     reassemble_tile<KERNEL, 4>(x, x_pitch, pitch, w + p * COLUMNS,
-                               y + p * y_pitch, y_pitch, kernel, subpixels,
-                               channels, columns);
-  for (; p < subpixels; ++p)
+                               y + p * y_pitch, y_pitch, n);
+  for (; p < n.subpixels; ++p)
     reassemble_tile<KERNEL, 1>(x, x_pitch, pitch, w + p * COLUMNS,
-                               y + p * y_pitch, y_pitch, kernel, subpixels,
-                               channels, columns);
+                               y + p * y_pitch, y_pitch, n);
 }
 
 // x[kx, c] = sum over r and p of w[r, ky, kx, p] * g[c, r, p], where row r is
@@ -523,30 +521,29 @@ void reassemble_row(const A *x, int64_t x_pitch, int64_t pitch, const A *w,
 // -> x [K, CHUNK, x_pitch]
 template <int KERNEL, class A>
 void scatter_row(const A *g, int64_t g_pitch, int64_t pitch, const A *w,
-                 int64_t w_pitch, A *x, int64_t x_pitch, int64_t kernel,
-                 int64_t rows, int64_t last, int64_t subpixels,
-                 int64_t channels, int64_t columns) {
+                 int64_t w_pitch, A *x, int64_t x_pitch, int64_t rows,
+                 int64_t last, Counts n) {
   constexpr int TAPS = KERNEL ? KERNEL : 1;
   constexpr int CHANNELS = TAPS == 1 ? 8 : SUMS < 16 ? 2 : 4;
   static_assert(CHUNK % CHANNELS == 0, "whole tiles");
-  const int64_t K = KERNEL ? KERNEL : kernel;
+  const int64_t K = KERNEL ? KERNEL : n.K;
   const int64_t ky_begin = std::max<int64_t>(0, last - rows + 1);
   const int64_t ky_end = std::min(K, last + 1);
   for (int64_t kx = 0; kx < K; kx += TAPS)
-    for (int64_t v = 0; v < columns; v += LANES<A>)
-      for (int64_t c = 0; c < channels; c += CHANNELS) {
+    for (int64_t v = 0; v < n.columns; v += LANES<A>)
+      for (int64_t c = 0; c < n.channels; c += CHANNELS) {
         Vector<A> sum[TAPS][CHANNELS] = {};
         for (int64_t ky = ky_begin; ky < ky_end; ++ky)
-          for (int64_t p = 0; p < subpixels; ++p) {
+          for (int64_t p = 0; p < n.subpixels; ++p) {
             const A *g_p =
-                g + c * g_pitch + v + ((last - ky) * subpixels + p) * pitch;
+                g + c * g_pitch + v + ((last - ky) * n.subpixels + p) * pitch;
             const A *w_p = w + (last - ky) * w_pitch + v +
-                           ((ky * K + kx) * subpixels + p) * COLUMNS;
+                           ((ky * K + kx) * n.subpixels + p) * COLUMNS;
             Vector<A> value[CHANNELS];
             for (int i = 0; i < CHANNELS; ++i)
               value[i] = load(g_p + i * g_pitch);
             for (int t = 0; t < TAPS; ++t) {
-              const Vector<A> weight = load(w_p + t * subpixels * COLUMNS);
+              const Vector<A> weight = load(w_p + t * n.subpixels * COLUMNS);
               for (int i = 0; i < CHANNELS; ++i)
                 sum[t][i] += weight * value[i];
             }
@@ -561,15 +558,13 @@ void scatter_row(const A *g, int64_t g_pitch, int64_t pitch, const A *w,
 // and SUBPIXELS subpixels p
 template <int TAPS, int SUBPIXELS, class A>
 inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
-                           int64_t g_pitch, int64_t pitch, A *w,
-                           int64_t subpixels, int64_t channels,
-                           int64_t columns) {
-  for (int64_t v = 0; v < columns; v += LANES<A>) {
+                           int64_t g_pitch, int64_t pitch, A *w, Counts n) {
+  for (int64_t v = 0; v < n.columns; v += LANES<A>) {
     Vector<A> sum[TAPS][SUBPIXELS];
     for (int t = 0; t < TAPS; ++t)
       for (int p = 0; p < SUBPIXELS; ++p)
-        sum[t][p] = load(w + (t * subpixels + p) * COLUMNS + v);
-    for (int64_t c = 0; c < channels; ++c) {
+        sum[t][p] = load(w + (t * n.subpixels + p) * COLUMNS + v);
+    for (int64_t c = 0; c < n.channels; ++c) {
       Vector<A> grad[SUBPIXELS];
       for (int p = 0; p < SUBPIXELS; ++p)
         grad[p] = load(g + c * g_pitch + p * pitch + v);
@@ -581,7 +576,7 @@ inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
     }
     for (int t = 0; t < TAPS; ++t)
       for (int p = 0; p < SUBPIXELS; ++p)
-        store(w + (t * subpixels + p) * COLUMNS + v, sum[t][p]);
+        store(w + (t * n.subpixels + p) * COLUMNS + v, sum[t][p]);
   }
 }
 
@@ -589,23 +584,20 @@ inline void correlate_tile(const A *x, int64_t x_pitch, const A *g,
 // -> added to w [K*K, S*S, COLUMNS]
 template <int KERNEL, class A>
 void correlate_row(const A *x, int64_t x_pitch, int64_t pitch, const A *g,
-                   int64_t g_pitch, int64_t g_row, A *w, int64_t kernel,
-                   int64_t subpixels, int64_t channels, int64_t columns) {
+                   int64_t g_pitch, int64_t g_row, A *w, Counts n) {
   constexpr int TAPS = KERNEL ? KERNEL : 1, SUBPIXELS = SUMS < 16 ? 2 : 4;
-  const int64_t K = KERNEL ? KERNEL : kernel;
+  const int64_t K = KERNEL ? KERNEL : n.K;
   for (int64_t ky = 0; ky < K; ++ky)
     for (int64_t kx = 0; kx < K; kx += TAPS) {
       const A *x_k = x + ky * pitch + kx;
-      A *w_k = w + (ky * K + kx) * subpixels * COLUMNS;
+      A *w_k = w + (ky * K + kx) * n.subpixels * COLUMNS;
       int64_t p = 0;
-      for (; p + SUBPIXELS <= subpixels; p += SUBPIXELS)
+      for (; p + SUBPIXELS <= n.subpixels; p += SUBPIXELS)
         correlate_tile<TAPS, SUBPIXELS>(x_k, x_pitch, g + p * g_row, g_pitch,
-                                        g_row, w_k + p * COLUMNS, subpixels,
-                                        channels, columns);
-      for (; p < subpixels; ++p)
+                                        g_row, w_k + p * COLUMNS, n);
+      for (; p < n.subpixels; ++p)
         correlate_tile<TAPS, 1>(x_k, x_pitch, g + p * g_row, g_pitch, g_row,
-                                w_k + p * COLUMNS, subpixels, channels,
-                                columns);
+                                w_k + p * COLUMNS, n);
     }
 }
 
@@ -689,10 +681,8 @@ template <class T> struct Block {
     const int64_t least_across = across;
     for (int64_t i = down; i <= std::min(most_down, most); ++i)
       for (int64_t j = least_across; j <= most_across && i * j <= most; ++j)
-        if (cost(i, j) < cost(down, across)) {
-          down = i;
-          across = j;
-        }
+        if (cost(i, j) < cost(down, across))
+          down = i, across = j;
   }
 
   int64_t count() const { return a.N * a.G * down * across; }
@@ -713,11 +703,12 @@ template <class T> struct Block {
     wide.columns = std::min(a.W, block.x + block.columns + reach) - wide.x;
   }
 
-  // Calls f(v, columns) for the columns of wide, COLUMNS at a time: those from
-  // v on.
-  template <class F> void for_columns(F f) const {
-    for (int64_t v = 0; v < wide.columns; v += COLUMNS)
-      f(v, std::min<int64_t>(COLUMNS, wide.columns - v));
+  // Calls f(r, v, columns) for these rows of wide, COLUMNS at a time: those
+  // from v on.
+  template <class F> void for_columns(int64_t begin, int64_t end, F f) const {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t v = 0; v < wide.columns; v += COLUMNS)
+        f(r, v, std::min<int64_t>(COLUMNS, wide.columns - v));
   }
 
   // Channel c of the group in low or high
@@ -746,59 +737,53 @@ template <class T> struct Block {
   void write_low(const A *from, int64_t from_pitch, int64_t r, int64_t c,
                  int64_t channels) const {
     const int64_t *strides = a.low_strides;
-    write(channel(a.low, strides, c) + (block.y + r) * strides[2] +
+    write(from, from_pitch,
+          channel(a.low, strides, c) + (block.y + r) * strides[2] +
               block.x * strides[3],
-          strides[1], strides[3], from, from_pitch, channels, block.columns);
+          channels, block.columns, strides[1], strides[3]);
+  }
+
+  // Copies between high, of an area, and a buffer of rows [S*S, lanes].
+  // Channels with dense columns are copied one by one, since the rows of a
+  // channel lie together.
+  template <class Copy>
+  void for_high(const Area &area, A *buffer, int64_t row_pitch,
+                int64_t channel_pitch, int64_t c, int64_t channels,
+                Copy copy) const {
+    const int64_t *strides = a.high_strides;
+    const bool dense = strides[3] == 1;
+    for (int64_t j = 0; j < (dense ? channels : 1); ++j)
+      for (int64_t r = 0; r < area.rows; ++r)
+        for (int64_t i = 0; i < S; ++i) {
+          T *line = channel(a.high, strides, c + j) +
+                    (S * (area.y + r) + i) * strides[2] +
+                    S * area.x * strides[3];
+          A *to = buffer + j * channel_pitch + r * row_pitch + i * S * lanes;
+          if (dense)
+            copy(to, lanes, line, S, area.columns, 1, S);
+          else
+            for (int64_t k = 0; k < S; ++k)
+              copy(to + k * lanes, channel_pitch, line + k * strides[3],
+                   channels, area.columns, strides[1], S * strides[3]);
+        }
   }
 
   // high, of wide -> [CHUNK, rows, S*S, lanes]
   void read_high(A *to, int64_t c, int64_t channels) const {
-    const int64_t *strides = a.high_strides;
-    const int64_t channel_size = rows * subpixels * lanes;
-    for (int64_t r = 0; r < wide.rows; ++r)
-      for (int64_t i = 0; i < S; ++i) {
-        A *to_row = to + (r * S + i) * S * lanes;
-        const T *from_row = channel(a.high, strides, c) +
-                            (S * (wide.y + r) + i) * strides[2] +
-                            S * wide.x * strides[3];
-        if (strides[3] == 1)
-          for (int64_t j = 0; j < channels; ++j)
-            read(to_row + j * channel_size, lanes, from_row + j * strides[1],
-                 S, wide.columns, 1, S);
-        else
-          for (int64_t j = 0; j < S; ++j)
-            read(to_row + j * lanes, channel_size, from_row + j * strides[3],
-                 channels, wide.columns, strides[1], S * strides[3]);
-      }
+    for_high(wide, to, subpixels * lanes, rows * subpixels * lanes, c,
+             channels, read<T, A>);
   }
 
-  // [rows, CHUNK, S*S, lanes] -> high. Channels with dense columns are written
-  // one by one, since the rows of a channel lie together.
-  void write_high(const A *from, int64_t c, int64_t channels) const {
-    const int64_t *strides = a.high_strides, channel_size = subpixels * lanes;
-    const bool dense = strides[3] == 1;
-    for (int64_t j = 0; j < (dense ? channels : 1); ++j)
-      for (int64_t r = 0; r < block.rows; ++r)
-        for (int64_t i = 0; i < S; ++i) {
-          T *to = channel(a.high, strides, c + j) +
-                  (S * (block.y + r) + i) * strides[2] +
-                  S * block.x * strides[3];
-          const A *from_row =
-              from + (r * CHUNK + j) * channel_size + i * S * lanes;
-          if (dense)
-            write(to, 1, S, from_row, lanes, S, block.columns);
-          else
-            for (int64_t k = 0; k < S; ++k)
-              write(to + k * strides[3], strides[1], S * strides[3],
-                    from_row + k * lanes, channel_size, channels,
-                    block.columns);
-        }
+  // [rows, CHUNK, S*S, lanes] -> high
+  void write_high(A *from, int64_t c, int64_t channels) const {
+    for_high(block, from, CHUNK * subpixels * lanes, subpixels * lanes, c,
+             channels, write<T, A>);
   }
 
   // A position in a tensor like the scores: row r of wide, column v.
-  template <class U>
-  U *scores_at(U *tensor, const int64_t *strides, int64_t r, int64_t v) const {
-    return tensor + n * strides[0] + g * strides[1] +
+  T *scores_at(void *tensor, const int64_t *strides, int64_t r,
+               int64_t v) const {
+    return static_cast<T *>(tensor) + n * strides[0] + g * strides[1] +
            (wide.y + r) * strides[5] + (wide.x + v) * strides[6];
   }
 
@@ -815,7 +800,7 @@ template <class T> struct Block {
   // The scores of row r of wide, columns from v on -> [K*K, S*S, COLUMNS]
   void read_scores(A *to, int64_t r, int64_t v, int64_t columns) const {
     const int64_t *strides = a.scores_strides;
-    const T *from = scores_at(static_cast<const T *>(a.scores), strides, r, v);
+    const T *from = scores_at(a.scores, strides, r, v);
     for_planes(strides, [&](int64_t plane, int64_t at, int64_t count) {
       read_padded(to + at, COLUMNS, 0, COLUMNS, from + plane, count, columns,
                   strides[4], strides[6]);
@@ -828,10 +813,10 @@ template <class T> struct Block {
   void write_grad_scores(const A *from, int64_t r, int64_t v,
                          int64_t columns) const {
     const int64_t *strides = a.grad_scores_strides;
-    T *to = scores_at(static_cast<T *>(a.grad_scores), strides, r, v);
+    T *to = scores_at(a.grad_scores, strides, r, v);
     for_planes(strides, [&](int64_t plane, int64_t at, int64_t count) {
-      write(to + plane, strides[4], strides[6], from + at, COLUMNS, count,
-            columns);
+      write(from + at, COLUMNS, to + plane, count, columns, strides[4],
+            strides[6]);
     });
   }
 
@@ -866,15 +851,14 @@ template <class T> struct Block {
 
   // The weights of wide -> such a buffer
   void read_weights(A *weights) const {
-    for (int64_t r = 0; r < wide.rows; ++r)
-      for_columns([&](int64_t v, int64_t columns) {
-        A *to = weights_at(weights, r, v);
-        read_scores(to, r, v, columns);
-        with_normalizer(a.normalizer, [&](auto mode) {
-          normalize_mode<mode.value, A>(to, to, taps, subpixels);
-        });
-        fill_outside(to, r, v, columns, A(0));
+    for_columns(0, wide.rows, [&](int64_t r, int64_t v, int64_t columns) {
+      A *to = weights_at(weights, r, v);
+      read_scores(to, r, v, columns);
+      with_normalizer(a.normalizer, [&](auto mode) {
+        normalize_mode<mode.value, A>(to, to, taps, subpixels);
       });
+      fill_outside(to, r, v, columns, A(0));
+    });
   }
 
   template <class Body> void for_chunks(Body body) const {
@@ -883,12 +867,10 @@ template <class T> struct Block {
   }
 };
 
-template <class T> class Forward {
+template <class T> struct Forward {
   typedef Accumulator<T> A;
   Block<T> at;
   Buffer<A> x, weights, y;
-
-public:
   static constexpr bool REACHES = false;
 
   Forward(const Arguments &a, int64_t threads)
@@ -904,13 +886,12 @@ public:
                                       : reassemble_row<0, A>;
     at.for_chunks([&](int64_t c, int64_t channels) {
       at.read_low(x, c, channels);
-      for (int64_t r = 0; r < at.block.rows; ++r)
-        at.for_columns([&](int64_t v, int64_t columns) {
-          function(x + r * at.pitch + v, at.lines * at.pitch, at.pitch,
-                   at.weights_at(weights, r, v),
-                   y + r * CHUNK * at.subpixels * at.lanes + v, at.lanes, at.K,
-                   at.subpixels, channels, columns);
-        });
+      at.for_columns(0, at.block.rows, [&](int64_t r, int64_t v, int64_t w) {
+        function(x + r * at.pitch + v, at.lines * at.pitch, at.pitch,
+                 at.weights_at(weights, r, v),
+                 y + r * CHUNK * at.subpixels * at.lanes + v, at.lanes,
+                 {at.K, at.subpixels, channels, w});
+      });
       at.write_high(y, c, channels);
     });
   }
@@ -919,15 +900,12 @@ public:
 // Tap (ky, kx) of the pixel at distance (radius - ky, radius - kx) reads a
 // source pixel. The sums over ky, one for each kx, are made where the windows
 // have their centres; then they are moved by radius - kx and added.
-template <class T> class GradFeatures {
+template <class T> struct GradFeatures {
   typedef Accumulator<T> A;
   Block<T> at;
-  const int64_t margin;  // before and behind each row of sums; stays zero
-                         // before it
+  const int64_t margin;  // around each row of sums; stays zero before it
   const int64_t pitch;
   Buffer<A> grad, weights, sums, x;
-
-public:
   static constexpr bool REACHES = true;
 
   GradFeatures(const Arguments &a, int64_t threads)
@@ -946,12 +924,12 @@ public:
     at.for_chunks([&](int64_t c, int64_t channels) {
       at.read_high(grad, c, channels);
       for (int64_t r = 0; r < at.block.rows; ++r) {
-        at.for_columns([&](int64_t v, int64_t columns) {
+        at.for_columns(r, r + 1, [&](int64_t, int64_t v, int64_t columns) {
           function(grad + v, at.rows * at.subpixels * at.lanes, at.lanes,
                    at.weights_at(weights, 0, v), at.row_weights(),
-                   sums + margin + v, pitch, at.K, at.wide.rows,
-                   at.block.y + r + at.radius - at.wide.y, at.subpixels,
-                   channels, columns);
+                   sums + margin + v, pitch, at.wide.rows,
+                   at.block.y + r + at.radius - at.wide.y,
+                   {at.K, at.subpixels, channels, columns});
         });
         add_sums(channels);
         at.write_low(x, pitch, r, c, channels);
@@ -959,7 +937,6 @@ public:
     });
   }
 
-private:
   void add_sums(int64_t channels) {
     const int64_t shift = at.block.x - at.wide.x + at.radius;
     for (int64_t c = 0; c < channels; ++c) {
@@ -979,12 +956,10 @@ private:
   }
 };
 
-template <class T> class GradWeights {
+template <class T> struct GradWeights {
   typedef Accumulator<T> A;
   Block<T> at;
   Buffer<A> x, y, logits, weights, grad;
-
-public:
   static constexpr bool REACHES = false;
 
   GradWeights(const Arguments &a, int64_t threads)
@@ -1001,33 +976,25 @@ public:
     at.for_chunks([&](int64_t c, int64_t channels) {
       at.read_low(x, c, channels);
       at.read_high(y, c, channels);
-      for (int64_t r = 0; r < at.block.rows; ++r)
-        at.for_columns([&](int64_t v, int64_t columns) {
-          function(x + r * at.pitch + v, at.lines * at.pitch, at.pitch,
-                   y + r * at.subpixels * at.lanes + v,
-                   at.rows * at.subpixels * at.lanes, at.lanes,
-                   at.weights_at(grad, r, v), at.K, at.subpixels, channels,
-                   columns);
-        });
-    });
-    for (int64_t r = 0; r < at.block.rows; ++r)
-      at.for_columns([&](int64_t v, int64_t columns) {
-        A *grad_v = at.weights_at(grad, r, v);
-        at.fill_outside(grad_v, r, v, columns, A(0));
-        normalize_backward(grad_v, r, v, columns);
-        at.write_grad_scores(grad_v, r, v, columns);
+      at.for_columns(0, at.block.rows, [&](int64_t r, int64_t v, int64_t w) {
+        function(x + r * at.pitch + v, at.lines * at.pitch, at.pitch,
+                 y + r * at.subpixels * at.lanes + v,
+                 at.rows * at.subpixels * at.lanes, at.lanes,
+                 at.weights_at(grad, r, v), {at.K, at.subpixels, channels, w});
       });
-  }
-
-private:
-  void normalize_backward(A *grad_v, int64_t r, int64_t v, int64_t columns) {
-    if (at.a.normalizer == NONE)
-      return;
-    at.read_scores(logits, r, v, columns);
-    with_normalizer(at.a.normalizer, [&](auto mode) {
-      normalize_mode<mode.value, A>(logits, weights, at.taps, at.subpixels);
-      normalize_backward_mode<mode.value, A>(logits, weights, grad_v, at.taps,
-                                             at.subpixels);
+    });
+    at.for_columns(0, at.block.rows, [&](int64_t r, int64_t v, int64_t w) {
+      A *grad_v = at.weights_at(grad, r, v);
+      at.fill_outside(grad_v, r, v, w, A(0));
+      with_normalizer(at.a.normalizer, [&](auto mode) {
+        if (mode == NONE)
+          return;
+        at.read_scores(logits, r, v, w);
+        normalize_mode<mode.value, A>(logits, weights, at.taps, at.subpixels);
+        normalize_backward_mode<mode.value, A>(logits, weights, grad_v,
+                                               at.taps, at.subpixels);
+      });
+      at.write_grad_scores(grad_v, r, v, w);
     });
   }
 };
@@ -1040,24 +1007,20 @@ void run(const Arguments &a) {
   // A thread is worth waking for a million multiplications, which take it
   // tens of microseconds.
   const int64_t work_size = a.N * a.C * a.H * a.W * a.K * a.K * a.S * a.S;
-  const int64_t wanted = GOMP_parallel
-                             ? std::min(a.threads, 1 + work_size / 1000000)
-                             : int64_t(1);
+  const int64_t wanted =
+      std::min(GOMP_parallel ? a.threads : 1, 1 + work_size / 1000000);
   const int64_t count = Block<T>(a, wanted, Worker<T>::REACHES).count();
   const int64_t threads = std::min(wanted, count);
   // Neighbouring blocks share their surroundings, so a thread takes many at
   // once; but not its whole share, since another thread may be held up.
-  const int64_t share = (count + 8 * threads - 1) / (8 * threads);
+  const int64_t share = divide_up(count, 8 * threads);
   std::atomic<int64_t> next{0};
   auto work = [&] {
     Worker<T> worker(a, wanted);
-    for (;;) {
-      const int64_t begin = next.fetch_add(share);
-      if (begin >= count)
-        return;
-      for (int64_t i = begin; i < std::min(begin + share, count); ++i)
+    for (int64_t i; (i = next.fetch_add(share)) < count;)
+      for (const int64_t end = std::min(i + share, count); i < end; ++i)
         worker(i);
-    }
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // after stream()
   };
   // One thread works without a parallel region: in a forked process, which
   // has lost the threads of the runtime, a region would wait for them forever.
@@ -1074,29 +1037,23 @@ int run_dtype(const Arguments &a) noexcept {
   if (!with_normalizer(a.normalizer, [](auto) {}) || a.border < ZEROS ||
       a.border > RENORMALIZE)
     return 1;
-  switch (a.dtype) {
-  case FLOAT16:
-    return run<Worker, Half>(a), 0;
-  case BFLOAT16:
-    return run<Worker, Bfloat>(a), 0;
-  case FLOAT32:
-    return run<Worker, float>(a), 0;
-  case FLOAT64:
-    return run<Worker, double>(a), 0;
-  }
-  return 1;
+  constexpr void (*functions[])(const Arguments &) = {
+      run<Worker, Half>, run<Worker, Bfloat>, run<Worker, float>,
+      run<Worker, double>};  // in the order of Dtype
+  if (a.dtype < FLOAT16 || a.dtype > FLOAT64)
+    return 1;
+  functions[a.dtype](a);
+  return 0;
 }
 
 }  // namespace
 
-extern "C" int reassemble(const Arguments *a) {
-  return run_dtype<Forward>(*a);
-}
-
-extern "C" int reassemble_grad_features(const Arguments *a) {
+extern "C" {
+int reassemble(const Arguments *a) { return run_dtype<Forward>(*a); }
+int reassemble_grad_features(const Arguments *a) {
   return run_dtype<GradFeatures>(*a);
 }
-
-extern "C" int reassemble_grad_weights(const Arguments *a) {
+int reassemble_grad_weights(const Arguments *a) {
   return run_dtype<GradWeights>(*a);
+}
 }

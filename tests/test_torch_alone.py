@@ -115,7 +115,7 @@ def test_it_builds_all_that_is_compared(python):
         """
 from mmcarafe.upsamplers import COMPARED, build_upsampler
 for cfg in COMPARED.values():
-    build_upsampler(cfg, 4)
+    build_upsampler(cfg, 4, guide_channels=4)
     print(cfg['type'])
 """,
     )

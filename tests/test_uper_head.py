@@ -7,7 +7,7 @@ from mmseg.models.backbones import ResNetV1c
 from mmseg.models.decode_heads import UPerHead
 from mmseg.registry import MODELS
 
-from mmcarafe.models import CARAFE, CARAFEUPerHead
+from mmcarafe import CARAFE, CARAFEUPerHead
 
 # mmseg's own warning, whenever one of its heads is built
 pytestmark = [

@@ -182,9 +182,7 @@ def window_similarity(
     _check_features(key, group_size, 'key')
     n, channels, height, width = key.shape
     s = scale_factor
-    _check_scores(
-        'query', query, key, ('C', channels), ('S*H, S*W', s), 'key'
-    )
+    _check_scores('query', query, key, ('C', channels), ('S*H, S*W', s), 'key')
     if query.dtype != key.dtype:  # under autocast
         dtype = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(dtype), key.to(dtype)

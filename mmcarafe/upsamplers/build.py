@@ -260,7 +260,8 @@ def _check_upsamples(module, channels, scale_factor, what):
     example = next(module.parameters(), torch.empty(0))
     low, high = (8, 12), (8 * scale_factor, 12 * scale_factor)
     inputs = [
-        example.new_zeros(1, c, *size) for c, size in zip(channels, (low, high))
+        example.new_zeros(1, c, *size)
+        for c, size in zip(channels, (low, high))
     ]
     training = [(each, each.training) for each in module.modules()]
     try:
@@ -281,4 +282,3 @@ def _check_upsamples(module, channels, scale_factor, what):
             f'{what}: it makes {made} from a map of {tuple(inputs[0].shape)}, '
             f'expected {expected}'
         )
-

@@ -21,8 +21,8 @@ class CARAFESegformerHead(SegformerHead):
     being the head's ``channels``, resizes them all to the size of the finest
     at once, and concatenates them. Here each level gets there by an upsampler
     for each step: with the usual four levels, the coarsest is upsampled by 2
-    three times, the next one twice and the third once, by six upsamplers. It
-    is the model in which DySample, SAPA, FreqFusion and others are compared.
+    three times, the next one twice and the third once, by six upsamplers. In
+    this place the papers of SAPA and DySample compare upsamplers.
 
     What is concatenated, and in which order, stays as in ``SegformerHead``, so
     its weights keep their shape and their meaning.

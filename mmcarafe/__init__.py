@@ -13,6 +13,7 @@ _NEEDS = {
     'CARAFEPAFPN': ('mmengine', 'mmdet'),
     # mmseg imports the last two but does not list them as requirements
     'CARAFEUPerHead': ('mmengine', 'mmseg', 'ftfy', 'regex'),
+    'CARAFESegformerHead': ('mmengine', 'mmseg', 'ftfy', 'regex'),
 }
 
 

@@ -177,12 +177,15 @@ for name in sys.argv[1:]:
         'CARAFEFPN',
         'CARAFEPAFPN',
         'CARAFEUPerHead',
+        'CARAFESegformerHead',
     )
     assert output.splitlines() == [
         'mmcarafe.swap_upsample needs mmengine: not installed',
         'mmcarafe.CARAFEFPN needs mmengine, mmdet: not installed',
         'mmcarafe.CARAFEPAFPN needs mmengine, mmdet: not installed',
         'mmcarafe.CARAFEUPerHead needs mmengine, mmseg, ftfy, regex: '
+        'not installed',
+        'mmcarafe.CARAFESegformerHead needs mmengine, mmseg, ftfy, regex: '
         'not installed',
     ]
 

@@ -11,16 +11,17 @@ for _type, _row in UPSAMPLERS.items():
     if _type == _row.cls.__name__:  # ours; mmcv has registered the others
         MODELS.register_module(module=_row.cls)
 
-# The necks are subclasses of mmdet's and the head one of mmseg's. Without
+# The necks are subclasses of mmdet's and the heads of mmseg's. Without
 # these, or a package that mmseg imports but does not list, the rest works.
 if HAS_MMDET:
     from mmcarafe.models.fpn import CARAFEFPN, CARAFEPAFPN
 
     __all__ += ['CARAFEFPN', 'CARAFEPAFPN']
 if HAS_MMSEG:
+    from mmcarafe.models.segformer_head import CARAFESegformerHead
     from mmcarafe.models.uper_head import CARAFEUPerHead
 
-    __all__ += ['CARAFEUPerHead']
+    __all__ += ['CARAFESegformerHead', 'CARAFEUPerHead']
 
 # From now on mmengine loads checkpoints as data only, and counts the
 # operator's FLOPs.

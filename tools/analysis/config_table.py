@@ -1,8 +1,8 @@
 """What each config upsamples with, and what was measured with it.
 
 Prints the README's table. Where a config upsamples is read off the model that
-it builds, on PyTorch's meta device. The results, and the paper's, come from
-configs/*/metafile.yml; notes below the table say how they were measured.
+it builds. The results, and the paper's, come from configs/*/metafile.yml;
+notes below the table say how they were measured.
 
 Usage::
 
@@ -14,7 +14,6 @@ import string
 import textwrap
 from pathlib import Path
 
-import torch
 from get_flops import build, fail
 from mmcv.ops import CARAFEPack
 from mmengine.config import Config
@@ -22,9 +21,16 @@ from mmengine.fileio import load
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
-import mmcarafe
+from mmcarafe.upsamplers import UPSAMPLERS
 
 ROOT = Path(__file__).resolve().parents[2]
+# Upsamplers that have a paper, by its name for them.
+NAMES = {
+    row.cls: kind
+    for kind, row in UPSAMPLERS.items()
+    if kind == row.cls.__name__  # not 'nearest', 'deconv' and the like
+}
+NAMES[CARAFEPack] = 'CARAFE'
 # Prefixes of modules' names, of which the first match counts, and what to call
 # these places.
 PLACES = (
@@ -59,12 +65,11 @@ def metadata(root):
 def upsampling(cfg):
     """What the model of a config upsamples with, and where."""
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        with torch.device('meta'):
-            model = build(cfg.model)
+        model = build(cfg.model)
     modules = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (mmcarafe.CARAFE, CARAFEPack))
+        if type(module) in NAMES
     }
     if not modules:
         return f"{cfg.default_scope}'s own"
@@ -78,7 +83,7 @@ def upsampling(cfg):
         for module in modules.values()
     )
     return (
-        'CARAFE'
+        ' and '.join(sorted({NAMES[type(m)] for m in modules.values()}))
         + (' with both changes' if changed else '')
         + ' in '
         + ' and '.join(filter(None, [', '.join(where[:-1]), where[-1]]))

@@ -1,0 +1,3 @@
+_base_ = 'mmseg::segformer/segformer_mit-b1_8xb2-160k_ade20k-512x512.py'
+
+model = dict(decode_head=dict(type='mmcarafe.CARAFESegformerHead'))

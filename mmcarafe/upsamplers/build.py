@@ -17,6 +17,7 @@ from mmcarafe.ops.carafe import check_int
 from mmcarafe.upsamplers.carafe import CARAFE, init_xavier
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
 from mmcarafe.upsamplers.dysample import DySample
+from mmcarafe.upsamplers.freqfusion import FreqFusion
 from mmcarafe.upsamplers.sapa import SAPA
 
 UPSAMPLE_CFG = dict(type='mmcarafe.CARAFE')  # the default everywhere
@@ -94,6 +95,11 @@ UPSAMPLERS = {
     ),
     'SAPA': Upsampler(
         SAPA, 'SAPA 5×5', 'a window weighted by similarity to the guide'
+    ),
+    'FreqFusion': Upsampler(
+        FreqFusion,
+        'FreqFusion',
+        'a predicted window for each pixel, and sharpens the guide',
     ),
 }
 # What tables, benchmarks and tests compare: name -> config.

@@ -110,17 +110,41 @@ class DySample(nn.Module):
             offset = offset * 0.25
         if self.style == 'lp':
             offset = F.pixel_shuffle(offset, s)  # [N, 2*G, S*H, S*W]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        offset = offset.to(dtype).unflatten(1, (2, self.groups))
-        columns = _centres(x.shape[3], s, offset) + offset[:, 0]
-        rows = _centres(x.shape[2], s, offset).unsqueeze(1) + offset[:, 1]
-        # Sizes one by one: torch's older ONNX exporter would take those of an
-        # unflattened map, or of a slice of the shape, for constants.
-        maps = x.to(dtype).reshape(
-            -1, x.shape[1] // self.groups, x.shape[2], x.shape[3]
-        )
-        out = _sample(maps, columns.flatten(0, 1), rows.flatten(0, 1))
-        return out.unflatten(0, (-1, self.groups)).flatten(1, 2).to(x.dtype)
+        return sample(x, offset, self.groups, s)
+
+
+def sample(
+    x: Tensor, offset: Tensor, groups: int, scale_factor: int = 1
+) -> Tensor:
+    """Read each output pixel at a distance from its own place, bilinearly.
+
+    Beyond the border of the map, the border is read. Positions are computed
+    in fp32 at least.
+
+    Args:
+        x (Tensor[N, C, H, W]): the map.
+        offset (Tensor[N, 2*G, S*H, S*W]): the distances, in pixels of x: to
+            the right for all groups, then downwards.
+        groups (int): G, of channels read at the same place. Divides C.
+        scale_factor (int): S.
+
+    Returns:
+        Tensor[N, C, S*H, S*W]: in the dtype of x.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # [N, 2, G, S*H, S*W]
+    offset = offset.to(dtype).unflatten(1, (2, groups))
+    columns = _centres(x.shape[3], scale_factor, offset) + offset[:, 0]
+    rows = _centres(x.shape[2], scale_factor, offset).unsqueeze(1)
+    rows = rows + offset[:, 1]
+    # Sizes one by one: torch's older ONNX exporter would take those of an
+    # unflattened map, or of a slice of the shape, for constants.
+    maps = x.to(dtype).reshape(
+        -1, x.shape[1] // groups, x.shape[2], x.shape[3]
+    )  # [N*G, C/G, H, W]
+    out = _sample(maps, columns.flatten(0, 1), rows.flatten(0, 1))
+    # [N, C, S*H, S*W]
+    return out.unflatten(0, (-1, groups)).flatten(1, 2).to(x.dtype)
 
 
 def _centres(size, s, like):

@@ -64,7 +64,11 @@ def _as_guide(fine, x, scale_factor):
     if not _fits(size, fine.shape[2:], scale_factor):
         return F.interpolate(fine, size, mode='bilinear')
     for dim, length in zip((2, 3), size):
-        if is_exporting() or fine.shape[dim] != length:
+        if (
+            is_exporting()
+            or torch.onnx.is_in_onnx_export()
+            or fine.shape[dim] != length
+        ):
             pixels = torch.arange(length, device=fine.device)
             last = torch.zeros_like(pixels) + (fine.shape[dim] - 1)
             fine = fine.index_select(dim, torch.minimum(pixels, last))

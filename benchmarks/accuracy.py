@@ -58,7 +58,7 @@ import _cli  # noqa: E402
 import _data  # noqa: E402
 import accuracy_report  # noqa: E402
 import torch  # noqa: E402
-from bench_op import environment  # noqa: E402
+from _measure import environment  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.registry import METRICS, MODELS  # noqa: E402

@@ -29,28 +29,29 @@ that the methods are compared with there.
 
 import argparse
 import colorsys
-import datetime
 import json
-import os
-import platform
-import random
-import statistics
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
-# torch's profiler, which counts the memory, otherwise logs each start and stop
-os.environ.setdefault('KINETO_LOG_LEVEL', '6')
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'tools'))
 
 import gpu_baselines  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch.func import functional_call  # noqa: E402
+from _measure import (  # noqa: E402
+    PASSES,
+    as_function,
+    conditions,
+    environment,
+    fail,
+    find_device,
+    find_inputs,
+    fma_rate,
+    measure_pass,
+)
 
-import mmcarafe  # noqa: E402
-from mmcarafe.__main__ import PACKAGES, version  # noqa: E402
 from mmcarafe.ops import carafe_from_logits, reference  # noqa: E402
 from mmcarafe.upsamplers import (  # noqa: E402
     CARAFE,
@@ -58,7 +59,6 @@ from mmcarafe.upsamplers import (  # noqa: E402
     build_upsampler,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SIZE = 5
 COPY = 'copy of the least bytes'
 # N, C, H, W
@@ -102,17 +102,13 @@ def modules(features):
 
     CARAFE and its variants start from logits, in :func:`methods`.
     """
+    channels = features.shape[1]
     for name, cfg in COMPARED.items():
-        module = build_upsampler(cfg, features.shape[1])
+        module = build_upsampler(cfg, channels, guide_channels=channels)
         if isinstance(module, CARAFE):
             continue
         module = module.to(features)
-        names = [name for name, _ in module.named_parameters()]
-
-        def run(x, *values, module=module, names=names):
-            return functional_call(module, dict(zip(names, values)), (x,))
-
-        yield name, (run, [features, *module.parameters()])
+        yield name, as_function(module, find_inputs(module, features))
 
 
 def methods(features, mmcv):
@@ -154,82 +150,6 @@ def methods(features, mmcv):
     }
 
 
-def forward(function, tensors, grad):
-    with torch.no_grad():
-        return function(*tensors)
-
-
-def forward_backward(function, tensors, grad):
-    return torch.autograd.grad(function(*tensors), tensors, grad)
-
-
-PASSES = {'forward': forward, 'forward+backward': forward_backward}
-
-
-def seconds(run, device, repeats=1):
-    if device.type != 'cuda':
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
-
-
-def peak_memory(run, device):
-    """Most bytes that torch holds at once, on top of the inputs."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        result = run()
-    del result
-    in_use = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == '[memory]':
-            in_use += event.nbytes()
-            peak = max(peak, in_use)
-    return peak
-
-
-def kept_memory(function, tensors):
-    """Bytes kept in memory for the backward pass, inputs included."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = function(*tensors)  # keeps them, so pointers stay distinct
-    del out
-    return sum(kept.values())
-
-
-def fma_rate():
-    """Multiply-adds a second of this CPU, in a convolution in fp32."""
-    channels, size = 256, 64
-    x = torch.randn(1, channels, size, size)
-    weight = torch.randn(channels, channels, 3, 3)
-
-    def run():
-        with torch.no_grad():
-            F.conv2d(x, weight, padding=1)
-
-    for _ in range(3):
-        run()
-    time = statistics.median(seconds(run, x.device) for _ in range(15))
-    return weight.numel() * size**2 / time
-
-
 def measure(
     shape, dtype, device, memory_format, budget, mmcv=None, chosen=None
 ):
@@ -243,127 +163,28 @@ def measure(
     features = features.contiguous(memory_format=memory_format)
     torch._dynamo.reset()  # it recompiles a function only so often
     results = []
-    for pass_name, run_pass in PASSES.items():
-        runs, kept = {}, {}
-        for name, (function, tensors) in methods(features, mmcv).items():
-            if chosen and name not in chosen:
-                continue
-            tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-            try:
-                grad = torch.randn_like(function(*tensors))
-                run = partial(run_pass, function, tensors, grad)
-                run()  # warm up
-                if pass_name != 'forward':
-                    kept[name] = kept_memory(function, tensors)
-            except Exception as error:
-                error = f'{type(error).__name__}: {error}'
-                print(f'{name}, {pass_name}: {error}', flush=True)
-                results.append(
-                    {'method': name, 'pass': pass_name, 'error': error}
-                )
-                continue
-            runs[name] = run
+    for pass_name in PASSES:
+        compared = methods(features, mmcv)
+        if chosen:
+            compared = {
+                name: method
+                for name, method in compared.items()
+                if name in chosen
+            }
+        floor = {}
         if device.type == 'cuda':
-            runs[COPY] = gpu_baselines.copy_floor(
+            floor[COPY] = gpu_baselines.copy_floor(
                 features, KERNEL_SIZE, pass_name != 'forward'
             )
-            runs[COPY]()
-        # Many calls on a GPU, so that its work, not the launch, is timed.
-        repeats = {
-            name: min(20, 1 + int(0.01 / seconds(run, device)))
-            if device.type == 'cuda'
-            else 1
-            for name, run in runs.items()
-        }
-        times = {name: [] for name in runs}
-        order = random.Random(0)
-        start = time.perf_counter()
-        rounds = 0
-        while rounds < 5 or (
-            rounds < 50 and time.perf_counter() - start < budget
-        ):
-            for name in order.sample(list(runs), len(runs)):
-                times[name].append(seconds(runs[name], device, repeats[name]))
-            rounds += 1
-        for name, run in runs.items():
-            results.append(
-                {
-                    'method': name,
-                    'pass': pass_name,
-                    'seconds': statistics.median(times[name]),
-                    'rounds': rounds,
-                    'peak_bytes': peak_memory(run, device),
-                    'kept_bytes': kept.get(name),
-                }
-            )
+        results += measure_pass(compared, pass_name, device, budget, floor)
     return results
 
 
-def environment(device):
-    """What was measured, where, and with which versions."""
-
-    def git(*arguments):
-        try:
-            done = subprocess.run(
-                ['git', *arguments], cwd=ROOT, capture_output=True, text=True
-            )
-        except OSError:  # there is no git
-            return 'unknown'
-        return done.stdout.strip() if done.returncode == 0 else 'unknown'
-
-    cpu = {}
-    cpuinfo = Path('/proc/cpuinfo')
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().split('\n\n')[0].splitlines()
-        cpu = {
-            key.strip(): value.strip()
-            for key, _, value in (line.partition(':') for line in lines)
-        }
-    processor = platform.processor() or platform.machine()
-    processor = cpu.get('model name', processor)
-    return {
-        'date': datetime.date.today().isoformat(),
-        'commit': git('rev-parse', 'HEAD'),
-        'uncommitted_changes': bool(git('status', '--porcelain')),
-        'device': torch.cuda.get_device_name(device)
-        if device.type == 'cuda'
-        else processor,
-        'cpu_capability': torch.backends.cpu.get_cpu_capability(),
-        'cpu_family_and_model': [cpu.get('cpu family'), cpu.get('model')],
-        'cpu_features': [
-            flag
-            for flag in cpu.get('flags', '').split()
-            if flag.startswith(('avx', 'fma', 'amx'))
-        ],
-        'driver': gpu_baselines.driver() if device.type == 'cuda' else None,
-        'cuda': torch.version.cuda,
-        'cudnn': torch.backends.cudnn.version(),
-        'threads': torch.get_num_threads(),
-        'python': platform.python_version(),
-        'torch': torch.__version__,
-        'mmcarafe': mmcarafe.__version__,
-        'packages': [version(packages) for packages in PACKAGES],
-    }
-
-
 def table(report):
-    env = report['environment']
     results = report['results']
-    memory_format = report['memory_format'].replace('contiguous', 'NCHW')
     methods = {r['method'] for r in results}
     baseline = COPY if COPY in methods else 'bilinear'
-    rate = ''
-    if env.get('fma_per_second'):
-        rate = (
-            f' ({env["cpu_capability"]}, '
-            f'{env["fma_per_second"] / 1e9:.0f} G multiply-adds/s)'
-        )
-    lines = [
-        f'{env["device"]}{rate}, {env["threads"]} threads, '
-        f'torch {env["torch"]}, '
-        f'{report["dtype"]}, {memory_format}, x2, K = {KERNEL_SIZE}, '
-        f'commit {env["commit"][:10]}'
-    ]
+    lines = [conditions(report, 'x2', f'K = {KERNEL_SIZE}')]
     for pass_name in PASSES:
         here = [r for r in results if r['pass'] == pass_name]
         shapes = list(dict.fromkeys(r['shape'] for r in here))
@@ -461,17 +282,13 @@ def tests_pass(device):
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
-def fail(message):
-    raise SystemExit(f'error: {message}')
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--out', type=Path, default='work_dirs/bench_op')
-    parser.add_argument('--device', type=torch.device, default='cpu')
+    parser.add_argument('--device', type=find_device, default='cpu')
     parser.add_argument(
         '--dtype',
         default='float32',
@@ -510,16 +327,12 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     on_gpu = args.device.type == 'cuda'
-    if on_gpu and not torch.cuda.is_available():
-        fail('--device is cuda, but torch finds no GPU')
     if args.mmcv_src and not (args.mmcv_src / 'mmcv/ops/csrc').is_dir():
         fail(f'--mmcv-src: there is no {args.mmcv_src}/mmcv/ops/csrc')
     shapes = GPU_SHAPES if on_gpu else CPU_SHAPES
     for name in args.shapes or []:
         if name not in shapes:
             fail(f'--shapes: {name} is not measured on a GPU')
-    if on_gpu:
-        torch.cuda.set_device(args.device.index or 0)
     mmcv = gpu_baselines.find_mmcv(args.mmcv_src) if on_gpu else None
     if args.methods:
         known = methods(torch.zeros(1, 64, 2, 2, device=args.device), mmcv)

@@ -10,18 +10,21 @@ take turns; medians are reported, and their ratio. Writes ``results.json``
 import argparse
 import json
 import statistics
+import sys
 import time
 import warnings
 from pathlib import Path
 
-import torch
-from bench_op import environment, fail
-from mmdet.testing import demo_mm_inputs
-from mmengine.config import Config
-from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'tools'))
+
+import torch  # noqa: E402
+from _measure import environment, fail, find_device  # noqa: E402
+from mmdet.testing import demo_mm_inputs  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+from mmengine.logging import MMLogger  # noqa: E402
+from mmengine.registry import MODELS, init_default_scope  # noqa: E402
+
 CONFIG = ROOT / 'configs/faster_rcnn/faster-rcnn_r50_fpn-carafe_1x_coco.py'
 
 
@@ -51,7 +54,7 @@ def main():
     parser.add_argument(
         '--out', type=Path, default='work_dirs/bench_train_step'
     )
-    parser.add_argument('--device', type=torch.device, default='cpu')
+    parser.add_argument('--device', type=find_device, default='cpu')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument(
         '--shape', type=int, nargs=2, default=(800, 1333), metavar=('H', 'W')
@@ -59,8 +62,6 @@ def main():
     args = parser.parse_args()
     if args.rounds < 1:
         fail(f'--rounds is {args.rounds}, expected an int >= 1')
-    if args.device.type == 'cuda' and not torch.cuda.is_available():
-        fail('--device is cuda, but torch finds no GPU')
     warnings.simplefilter('ignore')
     # init_weights would log a paragraph for each parameter
     MMLogger.get_instance('bench', log_level='WARNING')

@@ -4,7 +4,6 @@ None of this has been run on a GPU yet.
 """
 
 import importlib.util
-import subprocess
 from pathlib import Path
 
 import torch
@@ -136,16 +135,6 @@ def modules(features, kernel_size, mmcv):
             theirs, x.half(), torch.float16
         )
     return found
-
-
-def driver():
-    """Version of the GPU's driver."""
-    query = [
-        'nvidia-smi',
-        '--query-gpu=driver_version',
-        '--format=csv,noheader',
-    ]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
 
 
 def find_mmcv(source):

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmcarafe import CARAFE
 from mmcarafe.flops import enable
-from mmcarafe.upsamplers import COMPARED
+from mmcarafe.upsamplers import COMPARED, UPSAMPLERS
+from mmcarafe.upsamplers.build import Upsampler
 
 CARAFE_FPN = 'configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
 CARAFE_UPERNET = 'configs/shapes/upernet-carafe_r18_shapes.py'
@@ -102,8 +103,8 @@ def test_mmengine_counts_whole_models(config, monkeypatch):
 def test_the_papers_counts_are_reproduced():
     rows = {}
     for line in output_of('upsampler_table').splitlines()[2:]:
-        name, *numbers = line.strip('| ').replace(',', '').split(' | ')
-        rows[name] = [int(n) for n in numbers]
+        cells = line[2:-2].replace(',', '').split(' | ')
+        rows[cells[0]] = [int(n) for n in cells[3:6]]
     parameters, flops, with_biases = rows['CARAFE 5×5']
     assert (parameters, with_biases) == (74148, 199496)
     assert flops == CONVOLUTIONS + REASSEMBLY
@@ -112,6 +113,31 @@ def test_the_papers_counts_are_reproduced():
     assert rows['nearest'] == [0, 0, 0]
     dynamic = 2 * C * C_M + C * (2 * 9 * C_M * TAPS) + REASSEMBLY
     assert rows['dynamic filter 5×5'][1] == dynamic
+    assert rows['DySample'][:2] == [8224, 2 * C * 32]
+    # of the guide's S*S pixels for each source pixel, too
+    projections = 2 * C * 32 * (1 + 4)
+    similarity = 2 * TAPS * 32
+    assert rows['SAPA 5×5'] == [
+        2 * (C + 1) * 32 + 2 * 2 * C,  # two convolutions and two norms
+        projections + similarity + REASSEMBLY,
+        projections + similarity + REASSEMBLY + 2 * 32 * (1 + 4),
+    ]
+
+
+def test_published_aps_stay_in_their_column():
+    """The later papers' baseline is the better one, so all figures are."""
+    both = 0
+    for row in UPSAMPLERS.values():
+        first, later = (float(ap or 'nan') for ap in row[3:])
+        assert not first > 38 and not later < 37, row.name
+        both += first < later
+    assert both >= 4
+    assert UPSAMPLERS['CARAFE'][3:] == ('37.8', '38.6')
+
+
+def test_a_row_needs_no_published_ap():
+    row = Upsampler(torch.nn.Upsample, 'name', 'what it does')
+    assert row[3:] == ('', '')
 
 
 @pytest.mark.parametrize(
@@ -204,6 +230,7 @@ def test_get_flops_of_a_changed_config():
         ('get_flops', ['missing.py'], 'there is no file missing.py'),
         ('get_flops', [CARAFE_FPN, '--shape', '0', '9'], '--shape is [0, 9]'),
         ('upsampler_table', ['--channels', '0'], '--channels is 0'),
+        ('upsampler_table', ['--channels', '6'], '--channels is 6: upsample_'),
         ('upernet_table', ['missing.py'], 'there is no file missing.py'),
         (
             'upernet_table',

@@ -1,9 +1,11 @@
-"""Parameters of each upsampler, and its FLOPs for one source pixel.
+"""What each upsampler does and costs, and the AP that papers report with it.
 
-Prints the README's table for ×2. A multiply-add is 2 FLOPs. The paper counts
-the biases of CARAFE, as multiply-adds, but not of the others, so both counts
-are shown. The dynamic filter predicts a K×K reassembly kernel for each
-channel: it is CARAFE with as many groups as channels.
+Prints the README's table for ×2. Parameters, and FLOPs for one source pixel,
+a multiply-add as 2 FLOPs. The CARAFE paper counts the biases of CARAFE, as
+multiply-adds, but not of the others, so both counts are shown. The dynamic
+filter predicts a K×K reassembly kernel for each channel: it is CARAFE with as
+many groups as channels. The guide of an upsampler that wants one has as many
+channels as the map that is upsampled; its convolutions count too.
 
 Usage::
 
@@ -12,16 +14,36 @@ Usage::
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcarafe.upsamplers import COMPARED, build_upsampler
+from mmcarafe.upsamplers import COMPARED, UPSAMPLERS, build_upsampler
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for _measure
+from _measure import fail, find_inputs  # noqa: E402
 
 
-def count(module, channels):
-    """Parameters, and FLOPs per source pixel without and with the biases."""
+def count(cfg, channels, scale_factor=2):
+    """Count what an upsampler costs, on PyTorch's meta device.
+
+    Args:
+        cfg (dict): of the upsampler.
+        channels (int): C, of both maps.
+        scale_factor (int): S.
+
+    Returns:
+        tuple[int, int, int]: parameters, and FLOPs per source pixel without
+        and with the biases.
+    """
+    height, width = 8, 8
+    with torch.device('meta'):
+        module = build_upsampler(
+            cfg, channels, scale_factor, guide_channels=channels
+        )
+        features = torch.empty(1, channels, height, width)
     biases = 0
 
     def add_biases(conv, inputs, out):
@@ -32,9 +54,9 @@ def count(module, channels):
     for conv in module.modules():
         if isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)):
             conv.register_forward_hook(add_biases)
-    height, width = 8, 8
+    inputs = find_inputs(module, features, scale_factor)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.empty(1, channels, height, width, device='meta'))
+        module(*inputs)
     flops = counter.get_total_flops()
     return (
         sum(p.numel() for p in module.parameters()),
@@ -43,21 +65,39 @@ def count(module, channels):
     )
 
 
+def table(channels):
+    """The rows of a Markdown table."""
+    yield (
+        '| upsampler | what it does | guide | parameters | FLOPs '
+        '| with biases | AP in the CARAFE paper | AP in later papers |'
+    )
+    yield '|---|---|:-:|-:|-:|-:|-:|-:|'
+    for name, cfg in COMPARED.items():
+        row = UPSAMPLERS[cfg['type']]
+        cells = (
+            name,
+            row.what,
+            '✓' if getattr(row.cls, 'guided', False) else '',
+            *(f'{n:,}' for n in count(cfg, channels)),
+            row.first_ap,
+            row.later_ap,
+        )
+        yield f'| {" | ".join(cells)} |'
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         '--channels', type=int, default=256, help='C (default: 256)'
     )
-    args = parser.parse_args()
-    if args.channels < 1:
-        sys.exit(f'error: --channels is {args.channels}, expected an int >= 1')
-    print('| upsampler | parameters | FLOPs | with biases |')
-    print('|---|-:|-:|-:|')
-    for name, cfg in COMPARED.items():
-        with torch.device('meta'):
-            module = build_upsampler(cfg, args.channels)
-        numbers = count(module, args.channels)
-        print(f'| {name} |', ' | '.join(f'{n:,}' for n in numbers), '|')
+    channels = parser.parse_args().channels
+    if channels < 1:
+        fail(f'--channels is {channels}, expected an int >= 1')
+    try:
+        rows = list(table(channels))
+    except ValueError as error:
+        fail(f'--channels is {channels}: {error}')
+    print(*rows, sep='\n')
 
 
 if __name__ == '__main__':

@@ -125,6 +125,7 @@ UPSAMPLERS = {
         FreqFusion,
         'FreqFusion',
         'a predicted window for each pixel, and sharpens the guide',
+        later_ap='39.4',
     ),
 }
 # What tables, benchmarks and tests compare: name -> config.

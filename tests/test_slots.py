@@ -121,6 +121,8 @@ def test_initialisation_survives_the_parents(slot, kind):
             value = values[name]
             if value.unique().numel() <= 2:  # a constant
                 assert torch.equal(parameter, value), name
+            elif value.numel() < 64:  # too few for a standard deviation
+                assert parameter.abs().max() < 3 * value.abs().max(), name
             else:
                 assert_close(
                     parameter.std(), value.std(), rtol=0.5, atol=0, msg=name

@@ -10,6 +10,7 @@ from mmcarafe.upsamplers.build import (
 from mmcarafe.upsamplers.carafe import CARAFE
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
 from mmcarafe.upsamplers.dysample import DySample
+from mmcarafe.upsamplers.eucb import EUCB
 from mmcarafe.upsamplers.freqfusion import FreqFusion
 from mmcarafe.upsamplers.meet import match_size, upsample_to_meet
 from mmcarafe.upsamplers.sapa import SAPA
@@ -21,6 +22,7 @@ __all__ = [
     'UPSAMPLE_CFG',
     'UPSAMPLERS',
     'DySample',
+    'EUCB',
     'DynamicFilter',
     'FreqFusion',
     'PixelShuffle',

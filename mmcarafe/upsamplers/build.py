@@ -17,6 +17,7 @@ from mmcarafe.ops.carafe import check_int
 from mmcarafe.upsamplers.carafe import CARAFE, init_xavier
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
 from mmcarafe.upsamplers.dysample import DySample
+from mmcarafe.upsamplers.eucb import EUCB
 from mmcarafe.upsamplers.freqfusion import FreqFusion
 from mmcarafe.upsamplers.sapa import SAPA
 
@@ -96,6 +97,9 @@ UPSAMPLERS = {
         'a convolution to S*S times the channels',
         '36.5',
         '37.5',
+    ),
+    'EUCB': Upsampler(
+        EUCB, 'EUCB 3×3', 'repeats each pixel, then convolves separably'
     ),
     'DynamicFilter': Upsampler(
         DynamicFilter,

@@ -77,6 +77,9 @@ UPSAMPLERS = {
     'carafe-both': BOTH,
     # the content encoder's kernel size by the paper's rule, K - 2
     'carafe-both-k7': dict(BOTH, up_kernel=7, encoder_kernel=5),
+    'dysample': dict(type='mmcarafe.DySample'),
+    'sapa': dict(type='mmcarafe.SAPA'),
+    'freqfusion': dict(type='mmcarafe.FreqFusion'),
 }
 # The baseline is the host's own class, UPerHead or FPN. The starting weights
 # come from it too.

@@ -97,6 +97,8 @@ def test_every_upsampler_is_compared(tool, tmp_path):
     header = (tmp_path / 'plot.png').read_bytes()[:24]
     # sharp where a page shows it 880 pixels wide
     assert struct.unpack('>I', header[16:20]) == (2 * 880,)
+    for i, result in enumerate(report['results']):
+        result['seconds'] = 1.3**i  # so that the test is the same each time
     check_plot(tool, report)
 
 
@@ -130,7 +132,7 @@ def check_plot(tool, report):
     [
         # far from the others, three that cost almost the same
         [(0, 1), (9_900, 10), (10_000, 12), (12_000, 11), (10**7, 9_000)],
-        [(0, 1), (0, 1.1), (0, 1.2), (10**7, 9_000)],
+        [(0, 1), (0, 1.1), (0, 1.2), (9 * 10**6, 9_000)],
         [(0, 1)],
         [(1_000, 1)],
     ],

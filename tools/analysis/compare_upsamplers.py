@@ -23,6 +23,7 @@ multiply-adds a second a convolution reaches: processors of one name differ.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -268,15 +269,15 @@ def _write_labels(figure, axis, points):
         )
 
         def covered(spot, text=text, x=x):
-            y, (dx, dy, ha, va) = spot
+            distance, y, (dx, dy, ha, va) = spot
             text.xy = x, y
-            text.set(position=(dx, dy), ha=ha, va=va)
+            text.set(position=(distance * dx, distance * dy), ha=ha, va=va)
             box = text.get_window_extent(renderer)
             outside = not axis.bbox.containsx(box.x0)
             outside += not axis.bbox.containsx(box.x1)
-            return outside + box.count_overlaps(taken)
+            return 10 * outside + box.count_overlaps(taken)
 
-        spots = [(y, side) for y in ys for side in sides]
+        spots = itertools.product((1, 2, 3), ys, sides)
         covered(min(spots, key=covered))  # put it there, after the trials
         taken.append(text.get_window_extent(renderer))
 

@@ -12,6 +12,7 @@ from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
 from mmcarafe.upsamplers.dysample import DySample
 from mmcarafe.upsamplers.meet import match_size, upsample_to_meet
 from mmcarafe.upsamplers.sapa import SAPA
+from mmcarafe.upsamplers.swap import swap_upsample
 
 __all__ = [
     'CARAFE',
@@ -24,5 +25,6 @@ __all__ = [
     'PixelShuffle',
     'build_upsampler',
     'match_size',
+    'swap_upsample',
     'upsample_to_meet',
 ]

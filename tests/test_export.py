@@ -9,10 +9,12 @@ import torch
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from packaging.version import parse
+from test_swap_any import Unet
 from torch import nn
 from torch.testing import assert_close
 
-from mmcarafe import CARAFE, DySample
+from mmcarafe import CARAFE, DySample, swap_upsample
 from mmcarafe.ops import carafe, export
 
 UPERNET = 'configs/shapes/upernet-carafe_r18_shapes.py'
@@ -108,6 +110,14 @@ def yolox():
     )
 
 
+def unet():
+    """With F.interpolate in its blocks led to upsamplers."""
+    if parse(torch.__version__) < parse('2.6'):
+        pytest.skip('torch.compile does not know torch function modes')
+    example = torch.randn(1, 3, 16, 24)
+    return swap_upsample(Unet(), SMALL, example), 3
+
+
 def head():
     pytest.importorskip('mmseg')
     cfg = Config.fromfile(ROOT / UPERNET)
@@ -138,6 +148,7 @@ MODELS_OF = {
     'neck': neck,
     'pafpn': pafpn,
     'yolox': yolox,
+    'unet': unet,
     'head': head,
 }
 for_each_model = pytest.mark.parametrize('name', MODELS_OF)

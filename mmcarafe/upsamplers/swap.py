@@ -110,29 +110,30 @@ def swap_upsample(
     # All upsamplers are built before the first one is put in place.
     if example_input is None:
         swaps, left, inner = _plan_known(model, upsample_cfg, True), [], []
-        if not swaps:
-            raise ValueError(_nothing_known(model))
     else:
         found = dry_run(model, example_input)
         swaps, left, inner = _plan_found(model, upsample_cfg, found)
-        if not swaps:
-            seen = [f'in {_where(model, name)}: {why}' for name, why in left]
-            raise ValueError(
-                f'{type(model).__name__} holds no upsampling that can be '
-                'replaced. With example_input it interpolates '
-                + ('; '.join(seen) or 'nothing')
-            )
+    lines = [
+        f'the interpolation in {_where(model, name)} is left alone: {reason}'
+        for name, reason in left
+    ]
+    lines = list(dict.fromkeys(lines))  # a module may repeat what it does
+    if not swaps and example_input is None:
+        raise ValueError(_nothing_known(model))
+    if not swaps:
+        why = '; '.join(lines) or 'it interpolates nothing with example_input'
+        raise ValueError(
+            f'{type(model).__name__} holds no upsampling that can be '
+            f'replaced: {why}'
+        )
     for swap in swaps:
         new = swap.new.to(swap.device, swap.dtype)
         swap.replace(new.train(model.training))
         _pass_on_init(model, swap.path)
         _say(f'the upsampling in {_where(model, swap.name)} is replaced')
     hide_inner(model, inner)
-    for name, reason in left:
-        _say(
-            f'the interpolation in {_where(model, name)} is left alone: '
-            f'{reason}'
-        )
+    for line in lines:
+        _say(line)
     return model
 
 

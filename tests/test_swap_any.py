@@ -439,8 +439,13 @@ def test_an_odd_map_is_cropped():
 
 
 def test_the_dry_run_leaves_the_model_as_it_is():
-    model, x = Mixed(), image()
+    model, x = Layers(), image()
+    model.fuse1.append(nn.Dropout())
     model.encoder.eval()  # frozen
+    grad_modes = []
+    handle = model.register_forward_hook(
+        lambda *_: grad_modes.append(torch.is_grad_enabled())
+    )
     flags = {m: m.training for m in model.modules()}
     before = copy.deepcopy(model.state_dict())
     random, image_before = torch.get_rng_state(), x.clone()
@@ -450,7 +455,8 @@ def test_the_dry_run_leaves_the_model_as_it_is():
     assert torch.equal(x, image_before) and not vars(x)
     assert {m: m.training for m in model.modules()} == flags
     assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
-    assert all(p.grad is None for p in model.parameters())
+    assert grad_modes == [False]
+    handle.remove()
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert not vars(module).keys() & {'upsample_modules', 'init_weights'}
@@ -465,6 +471,7 @@ def test_the_dry_run_leaves_the_model_as_it_is():
 def test_a_layer_keeps_what_others_stored_on_it():
     model = Yolo()
     layer = model.model[6]
+    layer.channels = 'of others'
     counts = []
     handle = layer.register_forward_hook(lambda *_: counts.append(1))
     swap_upsample(model, CARAFE_CFG, image())
@@ -472,7 +479,7 @@ def test_a_layer_keeps_what_others_stored_on_it():
     new = model.model[6]
     assert isinstance(new, CARAFE)
     assert (new.i, new.f, new.type, new.np) == (6, -1, 'Upsample', 0)
-    assert new.scale_factor == 2
+    assert (new.channels, new.scale_factor) == (8, 2)
     assert not hasattr(new, 'align_corners')
     assert [m.i for m in model.model] == list(range(9))
     model(image())
@@ -536,6 +543,33 @@ def function(**kwargs):
     return lambda: Between(lambda x: F.interpolate(x, **kwargs))
 
 
+def inside(change):
+    """Between the convolutions also something else happens to the maps."""
+    return lambda: Between(
+        nn.Sequential(Function(change), nn.Upsample(scale_factor=2))
+    )
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def assigned(x):
+    y = torch.zeros(2, 8, 16, 24)
+    y[:] = x
+    return y
+
+
+@torch.jit.script
+def scripted(x):
+    return x * 2
+
+
 def weight_normed():
     model = layer(scale_factor=2)()
     for conv in (model.first, model.last):
@@ -554,6 +588,13 @@ def weight_normed():
         function(size=(31, 47)),
         # no parameter is an argument of these convolutions
         weight_normed,
+        # data from other sources
+        inside(lambda x: x + torch.ones(16, 24)),
+        inside(assigned),
+        # torch does not show what happens here
+        inside(scripted),
+        # as in squeeze and excitation
+        inside(lambda x: x * F.adaptive_avg_pool2d(x, 1).sigmoid()),
     ],
 )
 def test_is_replaced(build):
@@ -578,13 +619,26 @@ def pooled(**kwargs):
 
 def averaged():
     model = function(size=(2, 2))()
-    model.first = nn.Sequential(model.first, Mean())
+    mean = Function(lambda x: x.mean((2, 3), keepdim=True))
+    model.first = nn.Sequential(model.first, mean)
     return model
 
 
-class Mean(nn.Module):
-    def forward(self, x):
-        return x.mean((2, 3), keepdim=True)
+def tiny(**kwargs):
+    """2x2 pixels, of which half as many more are 3."""
+
+    def build():
+        model = function(**kwargs)()
+        model.first = nn.Sequential(nn.AvgPool2d((8, 12)), model.first)
+        return model
+
+    return build
+
+
+def taken():
+    model = function(scale_factor=2)()
+    model.upsample_modules = nn.Identity()
+    return model
 
 
 def unused():
@@ -609,6 +663,20 @@ def named(name):
     return build
 
 
+class Twice(nn.Module):
+    """One module by two factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.between = function(size=(32, 48))()
+        self.between.last = nn.Conv2d(8, 3, 1)
+        self.last = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        halved = F.avg_pool2d(x, 2)
+        return self.last(self.between(x) + self.between(halved))
+
+
 class Embedded(nn.Module):
     """As in a vision transformer: embeddings of positions are interpolated."""
 
@@ -629,6 +697,9 @@ class Embedded(nn.Module):
     [
         (layer(scale_factor=8), 'its factor 8 is above 4'),
         (layer(scale_factor=1.5), 'from 16x24 to 24x36 is no whole factor'),
+        (tiny(scale_factor=1.5), 'from 2x2 to 3x3 is no whole factor'),
+        (taken, 'the module has upsample_modules already'),
+        (Twice, r'its factor is one of \[2, 4\]'),
         (layer(scale_factor=(1, 2)), 'from 16x24 to 16x48 is no whole'),
         (layer(scale_factor=0.5), 'from 16x24 to 8x12 is no whole factor'),
         (layer(size=(32, 48)), r'its size is fixed: \(32, 48\)'),
@@ -678,6 +749,12 @@ def test_a_layer_that_is_left_alone_once_is_left_alone():
         swap_upsample(model, CARAFE_CFG, image())
 
 
+def test_a_size_may_be_one_number():
+    model = function(size=32)()
+    swap_upsample(model, CARAFE_CFG, image(16, 16))
+    assert model(image(16, 16)).shape == (2, 2, 32, 32)
+
+
 # torchvision's pyramid
 
 
@@ -689,7 +766,7 @@ def test_the_pyramid_upsamples_with_a_guide():
         c=torch.randn(2, 12, 4, 6),
     )
     swap_upsample(model, 'SAPA', (maps,))
-    assert [type(m) for m in model.upsample_modules] == [SAPA, SAPA]
+    assert {type(m) for m in model.upsample_modules.values()} == {SAPA}
     outs = model(maps)
     laterals = [conv(x) for conv, x in zip(model.inner_blocks, maps.values())]
     for i in (1, 0):
@@ -698,7 +775,8 @@ def test_the_pyramid_upsamples_with_a_guide():
         guide = F.pad(
             laterals[i], (0, width % 2, 0, height % 2), mode='replicate'
         )
-        up = model.upsample_modules[i](laterals[i + 1], guide)
+        # the coarsest level is upsampled first
+        up = model.upsample_modules[str(1 - i)](laterals[i + 1], guide)
         laterals[i] = laterals[i] + up[:, :, :height, :width]
     for i, name in enumerate('abc'):
         assert_close(outs[name], model.layer_blocks[i](laterals[i]))
@@ -714,15 +792,16 @@ def test_the_pyramid_upsamples_with_a_guide():
 def test_the_pyramid_upsamples_by_other_factors():
     model = FeaturePyramidNetwork([4, 8, 12])
     sizes = (16, 24), (4, 6), (4, 6)
-    maps = {
-        str(size): torch.randn(2, c, *size)
-        for c, size in zip((4, 8, 12), sizes)
-    }
-    maps = OrderedDict(zip('abc', maps.values()))
-    swap_upsample(model, CARAFE_CFG, (maps,))
-    (new,) = model.upsample_modules.values()
-    assert new.scale_factor == 4
-    assert model(maps)['a'].shape == (2, 8, 16, 24)
+    maps = OrderedDict(
+        (name, torch.randn(2, channels, *size))
+        for name, channels, size in zip('abc', (4, 8, 12), sizes)
+    )
+    expected = model(maps)
+    swap_upsample(model, 'nearest', (maps,))
+    assert list(model.upsample_modules) == ['1']
+    assert model.upsample_modules['1'].scale_factor == 4
+    for out, want in zip(model(maps).values(), expected.values()):
+        assert torch.equal(out, want)
 
 
 # What the arguments may be
@@ -740,7 +819,7 @@ def test_the_pyramid_upsamples_by_other_factors():
 def test_arguments_of_the_model(example_input):
     model = FeaturePyramidNetwork([8, 8])
     swap_upsample(model, CARAFE_CFG, example_input)
-    assert type(model.upsample_modules[0]) is CARAFE
+    assert type(model.upsample_modules['0']) is CARAFE
 
 
 def test_dtype_of_the_model():
@@ -823,20 +902,22 @@ def test_init_weights_reaches_the_new_upsamplers():
     """A parent initialises all convolutions, as mmengine's init_cfg says."""
     from mmengine.model import BaseModule
 
-    class Model(Unet, BaseModule):
+    class Model(BaseModule):
         def __init__(self):
-            BaseModule.__init__(
-                self, dict(type='Normal', layer='Conv2d', std=1.0)
-            )
-            parts = Unet()
-            self.encoder, self.blocks = parts.encoder, parts.blocks
-            self.head = parts.head
+            super().__init__(dict(type='Normal', layer='Conv2d', std=1.0))
+            self.encoder, self.block = Pyramid(), UnetBlock(12, 8, 8)
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            fine, middle, coarse = self.encoder(x)
+            x = self.block(coarse, *middle.shape[2:], skip=middle)
+            return self.head(F.interpolate(x, fine.shape[2:]))
 
     for upsample_cfg in (CARAFE_CFG, 'DySample'):
         model = swap_upsample(Model(), upsample_cfg, image())
         model.init_weights()
         assert model.head.weight.std() > 0.1
-        for block in model.blocks:
-            (new,) = block.upsample_modules.values()
+        for module in (model, model.block):
+            (new,) = module.upsample_modules.values()
             conv = getattr(new, 'content_encoder', None) or new.offset
             assert conv.weight.std().item() == pytest.approx(0.001, rel=0.2)

@@ -180,10 +180,8 @@ class _Watch(TorchFunctionMode):
         )
         running[1] += 1
         self.found.append(found)
-        return history._replace(
-            pooled=False,
-            interpolations=history.interpolations | {len(self.found) - 1},
-        )
+        indices = history.interpolations | {len(self.found) - 1}
+        return history._replace(interpolations=indices)
 
     def _combine(self, inputs):
         """The history of what is computed from all these tensors."""

@@ -21,23 +21,20 @@ def redirect(module, factors, upsamplers):
         module (nn.Module): gets another class.
         factors (dict[str, int]): number of the call, from 0 -> S.
         upsamplers (nn.ModuleDict): number of the call -> upsampler by S; all
-            other calls interpolate as before.
+            other calls interpolate as before. In torchvision's feature
+            pyramid they may want a guide, the level that is upsampled to.
     """
     module.upsample_factors = factors
     module.upsample_modules = upsamplers
-    _change_class(module, _Redirecting)
+    _change_class(module, _TopDown if is_fpn(module) else _Redirecting)
 
 
-def redirect_fpn(fpn, upsamplers):
-    """Let torchvision's ``FeaturePyramidNetwork`` upsample by 2 with these.
-
-    Args:
-        fpn (nn.Module): gets another class.
-        upsamplers (nn.ModuleList): the one at i upsamples level i + 1, guided
-            by level i where it wants a guide.
-    """
-    fpn.upsample_modules = upsamplers
-    _change_class(fpn, _TopDown)
+def is_fpn(module):
+    """Whether it is torchvision's pyramid; torchvision may be missing."""
+    cls = type(module)
+    return f'{cls.__module__}.{cls.__qualname__}' == (
+        'torchvision.ops.feature_pyramid_network.FeaturePyramidNetwork'
+    )
 
 
 def hide_inner(model, modules):
@@ -100,14 +97,22 @@ class _TopDown(_Swapped):
             outs = [self.get_result_from_layer_blocks(merged, -1)]
             for i in range(len(maps) - 2, -1, -1):
                 lateral = self.get_result_from_inner_blocks(maps[i], i)
-                lateral, (upsampled,) = upsample_to_meet(
-                    [self.upsample_modules[i]], [merged], lateral
-                )
-                merged = lateral + upsampled
+                merged = self._merge(str(len(maps) - 2 - i), merged, lateral)
                 outs.insert(0, self.get_result_from_layer_blocks(merged, i))
             if self.extra_blocks is not None:
                 outs, names = self.extra_blocks(outs, maps, names)
         return OrderedDict(zip(names, outs))
+
+    def _merge(self, number, coarse, fine):
+        if number not in self.upsample_factors:
+            return fine + interpolate(coarse, size=fine.shape[-2:])
+        fine, (upsampled,) = upsample_to_meet(
+            [self.upsample_modules[number]],
+            [coarse],
+            fine,
+            self.upsample_factors[number],
+        )
+        return fine + upsampled
 
 
 class _Redirect(TorchFunctionMode):

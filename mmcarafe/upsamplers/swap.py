@@ -16,7 +16,7 @@ from mmcarafe.upsamplers.build import (
     build_upsampler,
 )
 from mmcarafe.upsamplers.dry_run import dry_run
-from mmcarafe.upsamplers.redirect import hide_inner, redirect, redirect_fpn
+from mmcarafe.upsamplers.redirect import hide_inner, is_fpn, redirect
 
 # What is known without a dry run; mmcarafe.models.swap adds OpenMMLab's.
 # A plan takes a module and upsample_cfg, and gives the new modules, each with
@@ -117,7 +117,6 @@ def swap_upsample(
         f'the interpolation in {_where(model, name)} is left alone: {reason}'
         for name, reason in left
     ]
-    lines = list(dict.fromkeys(lines))  # a module may repeat what it does
     if not swaps and example_input is None:
         raise ValueError(_nothing_known(model))
     if not swaps:
@@ -129,7 +128,7 @@ def swap_upsample(
     for swap in swaps:
         new = swap.new.to(swap.device, swap.dtype)
         swap.replace(new.train(model.training))
-        _pass_on_init(model, swap.path)
+        _pass_on_init(model, swap.name)
         _say(f'the upsampling in {_where(model, swap.name)} is replaced')
     hide_inner(model, inner)
     for line in lines:
@@ -139,7 +138,6 @@ def swap_upsample(
 
 class _Swap(NamedTuple):
     name: str  # of the module that interpolated
-    path: str  # of the containers that init_weights must pass
     new: nn.Module
     replace: Callable
     device: torch.device
@@ -174,7 +172,7 @@ def _nothing_known(model):
     )
 
 
-def _pass_on_init(model, path):
+def _pass_on_init(model, name):
     """Let mmengine's init_weights get through PyTorch's own containers.
 
     mmengine initialises all convolutions below a module by its init_cfg, then
@@ -182,7 +180,7 @@ def _pass_on_init(model, path):
     """
     if 'mmengine' not in sys.modules:
         return
-    parts = path.split('.') if path else []
+    parts = name.split('.') if name else []
     for end in range(1, len(parts) + 1):
         container = model.get_submodule('.'.join(parts[:end]))
         if not hasattr(container, 'init_weights'):
@@ -200,14 +198,18 @@ _INITIALISED = tuple(
 )
 
 
-class ByChannels(nn.ModuleDict):
+class Upsamplers(nn.ModuleDict):
+    """Upsamplers, for init_weights of mmengine to get through."""
+
+    def init_weights(self):
+        _init_upsamplers(self)
+
+
+class ByChannels(Upsamplers):
     """An upsampler per number of channels, where one module served all."""
 
     def forward(self, x):
         return self[str(int(x.shape[1]))](x)  # int: it may be traced
-
-    def init_weights(self):
-        _init_upsamplers(self)
 
 
 # Known classes
@@ -223,9 +225,7 @@ def _plan_known(model, upsample_cfg, sequences):
             plan = _plan_sequential
         for new, replace in plan(module, upsample_cfg) if plan else []:
             like = next(module.parameters())
-            swaps.append(
-                _Swap(name, name, new, replace, like.device, like.dtype)
-            )
+            swaps.append(_Swap(name, new, replace, like.device, like.dtype))
     return swaps
 
 
@@ -300,10 +300,7 @@ def _plan_found(model, upsample_cfg, found):
             else:
                 chosen[number] = calls
         if chosen:
-            all_chosen = len(chosen) == len(runs[name])
-            swaps.append(
-                _plan_module(model, name, upsample_cfg, chosen, all_chosen)
-            )
+            swaps.append(_plan_module(model, name, upsample_cfg, chosen))
     inner = [modules[name] for name in runs]
     for swap in swaps:
         is_layer = isinstance(modules[swap.name], tuple(LAYERS))
@@ -311,34 +308,27 @@ def _plan_found(model, upsample_cfg, found):
     return swaps, left, inner
 
 
-def _plan_module(model, name, upsample_cfg, chosen, all_chosen):
-    """The swap of a module's chosen calls."""
+def _plan_module(model, name, upsample_cfg, chosen):
+    """The swap of a module's chosen calls, given by their numbers."""
     module = model.get_submodule(name)
-    build = partial(_build, upsample_cfg, _where(model, name))
-    factors = {str(n): _scale_factor(chosen[n][0]) for n in chosen}
-    path = f'{name}.upsample_modules' if name else 'upsample_modules'
+    build = partial(_build, upsample_cfg, _where(model, name), is_fpn(module))
     if isinstance(module, tuple(LAYERS)):
-        path = name
         new = build(chosen[0])
         replace = partial(_replace_layer, model, module)
-    elif _is_fpn(module) and all_chosen and set(factors.values()) == {2}:
-        # the step to the finest level comes last
-        last_first = sorted(chosen, reverse=True)
-        new = nn.ModuleList(build(chosen[n], guided=True) for n in last_first)
-        replace = partial(redirect_fpn, module)
     else:
-        new = nn.ModuleDict({str(n): build(chosen[n]) for n in chosen})
+        new = Upsamplers({str(n): build(chosen[n]) for n in chosen})
+        factors = {str(n): _scale_factor(chosen[n][0]) for n in chosen}
         replace = partial(redirect, module, factors)
     device = next(iter(chosen.values()))[0].device
     # not of the map: autocast may be on
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return _Swap(name, path, new, replace, device, dtype)
+    return _Swap(name, new, replace, device, dtype)
 
 
 def _why_not(module, calls):
     """Why calls of the same number are left alone; None if they are not."""
     for part in calls[0].name.split('.'):
-        if part in KEPT and not _is_fpn(module):
+        if part in KEPT and not is_fpn(module):
             return f'it is in the {part}'
     if 'forward' in vars(module):
         return 'somebody set another forward on this instance'
@@ -382,15 +372,7 @@ def _scale_factor(call):
     return s if s > 1 and all(t in allowed for t in too_large) else None
 
 
-def _is_fpn(module):
-    """Whether it is torchvision's, which need not be installed."""
-    cls = type(module)
-    return f'{cls.__module__}.{cls.__qualname__}' == (
-        'torchvision.ops.feature_pyramid_network.FeaturePyramidNetwork'
-    )
-
-
-def _build(upsample_cfg, where, calls, guided=False):
+def _build(upsample_cfg, where, guided, calls):
     """An upsampler for calls of the same number."""
     upsamplers = {
         str(channels): build_upsampler(

@@ -790,18 +790,21 @@ def test_the_pyramid_upsamples_with_a_guide():
 
 
 def test_the_pyramid_upsamples_by_other_factors():
+    """By 1, which stays, and by 4, to a size that is not a multiple."""
     model = FeaturePyramidNetwork([4, 8, 12])
-    sizes = (16, 24), (4, 6), (4, 6)
     maps = OrderedDict(
-        (name, torch.randn(2, channels, *size))
-        for name, channels, size in zip('abc', (4, 8, 12), sizes)
+        a=torch.randn(2, 4, 13, 22),
+        b=torch.randn(2, 8, 4, 6),
+        c=torch.randn(2, 12, 4, 6),
     )
-    expected = model(maps)
     swap_upsample(model, 'nearest', (maps,))
     assert list(model.upsample_modules) == ['1']
-    assert model.upsample_modules['1'].scale_factor == 4
-    for out, want in zip(model(maps).values(), expected.values()):
-        assert torch.equal(out, want)
+    a, b, c = (conv(x) for conv, x in zip(model.inner_blocks, maps.values()))
+    upsampled = (b + c).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    merged = [a + upsampled[:, :, :13, :22], b + c, c]
+    outs = model(maps)
+    for out, conv, x in zip(outs.values(), model.layer_blocks, merged):
+        assert_close(out, conv(x))
 
 
 # What the arguments may be

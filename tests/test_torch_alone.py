@@ -144,6 +144,7 @@ swap_upsample(model, 'CARAFE', x)
 assert isinstance(model[1], CARAFE)
 assert isinstance(model[2].upsample_modules['0'], CARAFE)
 assert model(x).shape == (1, 2, 40, 48)
+assert not hasattr(model[2], 'init_weights')  # for mmengine alone
 swap_upsample(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Upsample(None, 2)))
 """,
     )

@@ -22,7 +22,6 @@ class Interpolation:
     number: int  # of the call, from 0, in that run of that module
     shape: torch.Size  # of what is interpolated
     out_shape: torch.Size
-    dtype: torch.dtype
     device: torch.device
     mode: str
     to_size: bool  # to a size, not by a factor
@@ -98,7 +97,8 @@ class _History(NamedTuple):
 
 
 _DATA = _History()
-# of what is computed from parameters alone, such as a weight that is scaled
+# Of what is computed from parameters alone, such as a weight that is scaled.
+# Compared by `is`.
 _PARAMETERS = _History()
 
 
@@ -171,7 +171,6 @@ class _Watch(TorchFunctionMode):
             number=running[1],
             shape=x.shape,
             out_shape=out.shape,
-            dtype=x.dtype,
             device=x.device,
             mode=mode,
             to_size=size is not None,

@@ -60,8 +60,8 @@ def swap_upsample(
     ``example_input`` should have the size of the images to come: it shows the
     factors of maps that are resized to the size of another one.
 
-    Without ``example_input``, in these, which come first in any case where
-    mmengine is installed:
+    Without ``example_input``, in these (with it, those of mmdet and mmseg are
+    replaced in the same way, and first):
 
     - mmdet's ``FPN`` and ``PAFPN`` and mmseg's ``FPN``, which from then on
       upsample as :class:`mmcarafe.CARAFEFPN` does;
@@ -78,8 +78,8 @@ def swap_upsample(
     its layers (HRNet's), pass it as ``model``. All other parameters keep their
     names. The log says what was replaced and, with ``example_input``, what was
     left alone and why. Call this before you build the optimizer, compile the
-    model or wrap it in DistributedDataParallel. ``init_weights`` of a model of
-    mmengine reaches each new upsampler.
+    model or wrap it in DistributedDataParallel. mmengine's ``init_weights``
+    reaches each new upsampler.
 
     Args:
         model (nn.Module): a whole model or one of its modules.

@@ -8,7 +8,6 @@ __version__ = '0.1.0'
 # Names in mmcarafe.models, and what they need besides torch. All others come
 # from mmcarafe.upsamplers, which needs torch alone.
 _NEEDS = {
-    'swap_upsample': ('mmengine',),
     'CARAFEFPN': ('mmengine', 'mmdet'),
     'CARAFEPAFPN': ('mmengine', 'mmdet'),
     # mmseg imports the last two but does not list them as requirements
@@ -33,4 +32,6 @@ def __getattr__(name):
         return [*upsamplers.__all__, *_NEEDS]
     if name not in upsamplers.__all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name == 'swap_upsample' and find_spec('mmengine'):
+        importlib.import_module('mmcarafe.models')  # adds OpenMMLab's classes
     return getattr(upsamplers, name)

@@ -10,10 +10,12 @@ import torch
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from packaging.version import parse
+from test_swap_any import Unet
 from torch import nn
 from torch.testing import assert_close
 
-from mmcarafe import CARAFE, DySample, FreqFusion
+from mmcarafe import CARAFE, DySample, FreqFusion, swap_upsample
 from mmcarafe.ops import carafe, export
 
 UPERNET = 'configs/shapes/upernet-carafe_r18_shapes.py'
@@ -121,6 +123,14 @@ def yolox():
     )
 
 
+def unet():
+    """With F.interpolate in its blocks led to upsamplers."""
+    if parse(torch.__version__) < parse('2.6'):
+        pytest.skip('torch.compile does not know torch function modes')
+    example = torch.randn(1, 3, 16, 24)
+    return swap_upsample(Unet(), SMALL, example), 3
+
+
 def head():
     pytest.importorskip('mmseg')
     cfg = Config.fromfile(ROOT / UPERNET)
@@ -163,6 +173,7 @@ MODELS_OF = {
     'neck': neck,
     'pafpn': pafpn,
     'yolox': yolox,
+    'unet': unet,
     'head': head,
 }
 # How close two ways of sampling come. grid_sample, which the models themselves

@@ -122,6 +122,41 @@ for cfg in COMPARED.values():
     assert output.split() == [cfg['type'] for cfg in COMPARED.values()]
 
 
+def test_it_swaps(python):
+    output = python(
+        '-c',
+        """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from mmcarafe import CARAFE, swap_upsample
+
+class Block(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.interpolate(x, scale_factor=2))
+
+model = nn.Sequential(
+    nn.Conv2d(3, 8, 1), nn.Upsample(None, 2), Block(8, 4, 1),
+    nn.Conv2d(4, 2, 1), nn.UpsamplingBilinear2d(None, 2),
+)
+x = torch.zeros(1, 3, 5, 6)
+swap_upsample(model, 'CARAFE', x)
+assert isinstance(model[1], CARAFE)
+assert isinstance(model[2].upsample_modules['0'], CARAFE)
+assert model(x).shape == (1, 2, 40, 48)
+assert not hasattr(model[2], 'init_weights')  # for mmengine alone
+swap_upsample(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Upsample(None, 2)))
+""",
+    )
+    assert output.splitlines() == [
+        'mmcarafe: the upsampling in 1 is replaced',
+        'mmcarafe: the upsampling in 2 is replaced',
+        'mmcarafe: the interpolation in 4 is left alone: it resizes the '
+        'output: no layer with parameters follows it',
+        'mmcarafe: the upsampling in Sequential is replaced',
+    ]
+
+
 CARAFE_PACK = {  # of 8 channels
     'channel_compressor.weight': (64, 8, 1, 1),
     'channel_compressor.bias': (64,),
@@ -173,14 +208,12 @@ for name in sys.argv[1:]:
     except ImportError as error:
         print(error)
 """,
-        'swap_upsample',
         'CARAFEFPN',
         'CARAFEPAFPN',
         'CARAFEUPerHead',
         'CARAFESegformerHead',
     )
     assert output.splitlines() == [
-        'mmcarafe.swap_upsample needs mmengine: not installed',
         'mmcarafe.CARAFEFPN needs mmengine, mmdet: not installed',
         'mmcarafe.CARAFEPAFPN needs mmengine, mmdet: not installed',
         'mmcarafe.CARAFEUPerHead needs mmengine, mmseg, ftfy, regex: '

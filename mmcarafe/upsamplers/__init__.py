@@ -14,6 +14,7 @@ from mmcarafe.upsamplers.eucb import EUCB
 from mmcarafe.upsamplers.freqfusion import FreqFusion
 from mmcarafe.upsamplers.meet import match_size, upsample_to_meet
 from mmcarafe.upsamplers.sapa import SAPA
+from mmcarafe.upsamplers.swap import swap_upsample
 
 __all__ = [
     'CARAFE',
@@ -28,5 +29,6 @@ __all__ = [
     'PixelShuffle',
     'build_upsampler',
     'match_size',
+    'swap_upsample',
     'upsample_to_meet',
 ]

@@ -1,5 +1,6 @@
 # Nuclei in microscopy images, as boxes. The folder, here data/nuclei, holds
-# images/{train,val}/*.png and, as COCO json, annotations/{train,val}.json.
+# images/{train,val}/*.png and, as COCO json, annotations/{train,val}.json. It
+# comes from tools/dataset_converters/nuclei.py.
 _base_ = '../shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
 
 model = dict(

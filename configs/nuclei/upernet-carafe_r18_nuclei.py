@@ -1,6 +1,6 @@
 # Nuclei in microscopy images, as semantic maps. The folder, here
 # data/nuclei, holds images/{train,val}/*.png and semantic/{train,val}/*.png
-# (0 background, 1 nucleus).
+# (0 background, 1 nucleus). It comes from tools/dataset_converters/nuclei.py.
 _base_ = '../shapes/upernet-carafe_r18_shapes.py'
 
 crop_size = (128, 128)

@@ -1,3 +1,6 @@
+"""EUCB against its steps, one by one."""
+
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,3 +40,17 @@ def test_initialisation_can_be_repeated():
     module.init_weights()
     assert module.depthwise.weight.abs().max() <= 1 / 3
     assert torch.equal(module.norm.weight, torch.ones(8))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(in_channels=0), 'in_channels is 0, expected an int >= 1'),
+        (dict(out_channels=-4), 'out_channels is -4, expected'),
+        (dict(scale_factor=0), 'scale_factor is 0, expected'),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EUCB(**{'in_channels': 4, 'out_channels': 4, **arguments})

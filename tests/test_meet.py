@@ -34,6 +34,13 @@ def test_crops_what_was_halved_from_an_odd_size():
     assert match_size(x, (8, 6)).data_ptr() == x.data_ptr()
 
 
+def test_crops_up_to_the_scale_factor():
+    x = torch.randn(1, 2, 9, 6)
+    assert torch.equal(match_size(x, (7, 5), 3), x[:, :, :7, :5])
+    resized = F.interpolate(x, (7, 5), mode='bilinear')
+    assert torch.equal(match_size(x, (7, 5), 2), resized)
+
+
 @pytest.mark.parametrize('size', [(6, 6), (9, 6), (8, 11)], ids=str)
 def test_resizes_what_is_not_about_twice_as_large(size):
     x = torch.randn(1, 2, 8, 6)
@@ -93,3 +100,12 @@ def test_a_finer_map_that_is_not_twice_as_large_keeps_its_details():
     change = F.interpolate(2 * guide, (4, 6), mode='bilinear')
     torch.testing.assert_close(fine, y + change)
     assert out.shape == y.shape
+
+
+def test_as_many_upsamplers_as_maps():
+    with pytest.raises(ValueError, match='upsamplers has 2 entries, expected'):
+        upsample_to_meet(
+            [Nearest(), Nearest()],
+            [torch.zeros(1, 2, 3, 4)],
+            torch.zeros(1, 2, 6, 8),
+        )

@@ -161,9 +161,27 @@ def test_bad_arguments(arguments, message):
         SAPA(8, **arguments)
 
 
-def test_a_guide_of_another_size():
-    with pytest.raises(ValueError, match=r'query has size \(5, 6\), expected'):
-        SAPA(8)(torch.zeros(1, 8, 3, 3), torch.zeros(1, 8, 5, 6))
+@pytest.mark.parametrize(
+    ('x', 'guide', 'message'),
+    [
+        ((1, 8, 3, 3), (1, 8, 5, 6), r'guide has shape \(1, 8, 5, 6\), exp'),
+        ((1, 8, 3, 3), (1, 6, 6, 6), r'guide has shape \(1, 6, 6, 6\), exp'),
+        ((1, 6, 3, 3), (1, 8, 6, 6), 'x has 6 channels, expected in_channels'),
+        ((8, 3, 3), (1, 8, 6, 6), 'x has 3 dimensions'),
+    ],
+    ids=str,
+)
+def test_bad_inputs(x, guide, message):
+    with pytest.raises(ValueError, match=message):
+        SAPA(8)(torch.zeros(x), torch.zeros(guide))
+
+
+def test_one_pixel():
+    """Also where a group of the norm has one channel: it becomes zero."""
+    x = torch.randn(1, 8, 1, 1)
+    out = SAPA(8)(x, torch.randn(1, 8, 2, 2))
+    # All taps have the same score, and only one of 25 is inside.
+    torch.testing.assert_close(out, (x / 25).expand(1, 8, 2, 2))
 
 
 def test_by_its_name():

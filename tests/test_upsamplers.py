@@ -243,6 +243,25 @@ def test_builds_every_upsampler(cfg, scale_factor):
     assert out.shape == (1, 8, *size)
 
 
+@pytest.mark.parametrize('cfg', UPSAMPLERS, ids=str)
+def test_empty_batch(cfg):
+    module = build_upsampler(cfg, 8, guide_channels=6)
+    x = torch.zeros(0, 8, 3, 5, requires_grad=True)
+    guide = [torch.zeros(0, 6, 6, 10)] if hasattr(module, 'guided') else []
+    if isinstance(module, mmcarafe.EUCB):
+        module.eval()  # there is no variance of nothing
+    out = module(x, *guide)
+    out = out[-1] if isinstance(out, tuple) else out
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_none_is_filled_in():
+    cfg = dict(type='SAPA', guide_channels=None)
+    module = build_upsampler(cfg, 8, guide_channels=6)
+    assert module.norm_y.num_channels == 6
+
+
 def test_pixel_shuffle_is_mmcvs():
     """Names, shapes, initialisation and output."""
     upsample = pytest.importorskip('mmcv.cnn.bricks.upsample')

@@ -87,19 +87,26 @@ def test_compiles_into_one_graph_with_dynamic_shapes():
         torch.testing.assert_close(*grads)
 
 
-def test_autocast_takes_the_wider_dtype():
-    query, key = randn(1, 4, 4, 6).bfloat16(), randn(1, 4, 2, 3).float()
+@pytest.mark.parametrize('narrow', ['query', 'key'])
+def test_autocast_takes_the_wider_dtype(narrow):
+    query, key = randn(1, 4, 4, 6).float(), randn(1, 4, 2, 3).float()
+    if narrow == 'query':
+        query = query.bfloat16()
+    else:
+        key = key.bfloat16()
     with torch.autocast('cpu', torch.bfloat16):
         out = window_similarity(query, key, 3)
-    expected = window_similarity(query.float(), key, 3)
+    expected = window_similarity(query.float(), key.float(), 3)
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('requires_grad', [False, True])
-def test_memory_has_no_unfolded_windows(requires_grad):
+def test_memory_has_no_unfolded_windows(requires_grad, dtype):
     """Unfolded, the key alone would be 6 times the query."""
-    query = torch.randn(1, 256, 32, 64, requires_grad=requires_grad)
-    key = torch.randn(1, 256, 16, 32, requires_grad=requires_grad)
+    options = dict(dtype=dtype, requires_grad=requires_grad)
+    query = torch.randn(1, 256, 32, 64, **options)
+    key = torch.randn(1, 256, 16, 32, **options)
     with torch.profiler.profile(profile_memory=True) as profiler:
         out = window_similarity(query, key, 5)
         if requires_grad:

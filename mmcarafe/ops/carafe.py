@@ -171,7 +171,8 @@ def window_similarity(
 
     Returns:
         Tensor[N, G*K*K, S*H, S*W]: group-major, then row-major over the K×K
-        window; zero for taps outside the key. In the dtype of ``query``.
+        window; zero for taps outside the key. In the dtype of ``query``, under
+        autocast in the wider of the two.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -237,7 +238,8 @@ def _check_hyperparameters(kernel_size, group_size, scale_factor):
     check_int('scale_factor', scale_factor)
 
 
-def _check_map(name, x):
+def check_map(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a map that the operators take."""
     if not isinstance(x, Tensor):
         raise TypeError(f'{name} is a {type(x).__name__}, expected a Tensor')
     if x.dim() != 4:
@@ -251,7 +253,7 @@ def _check_map(name, x):
 
 
 def _check_features(features, group_size, name='features'):
-    _check_map(name, features)
+    check_map(name, features)
     _, channels, height, width = features.shape
     # not min() of them, which torch.export takes for a fact about the sizes
     if channels < 1 or height < 1 or width < 1:
@@ -267,7 +269,7 @@ def _check_features(features, group_size, name='features'):
 
 
 def _check_scores(name, scores, features, channels, size, other='features'):
-    _check_map(name, scores)
+    check_map(name, scores)
     if scores.device != features.device:
         raise ValueError(
             f'{name} is on {scores.device}, '

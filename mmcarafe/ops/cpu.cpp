@@ -60,8 +60,8 @@ constexpr int VECTOR_BYTES = 16, SUMS = 8;
 // Source pixels of a row whose weights lie together: a multiple of LANES.
 constexpr int COLUMNS = 16;
 
-// Channels that are copied at once: whole cache lines, for copies that
-// transpose, and whole tiles of the arithmetic.
+// Channels that are copied at once: whole cache lines of 32-bit numbers, and
+// whole tiles of the arithmetic.
 constexpr int CHUNK = SUMS == 12 ? 48 : 16;
 
 // In the order of the tuples in reference.py.
@@ -152,8 +152,8 @@ template <class A> inline void store(A *to, Vector<A> x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// A store past the caches, into which the other bytes of a cache line would
-// have to be read first: for whole lines, written at once.
+// A store that bypasses the caches: an ordinary one would first read the rest
+// of its cache line. It is weakly ordered, so run() ends with a fence.
 template <class V> inline void stream(void *to, V x) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(static_cast<__m512i *>(to), (__m512i)x);
@@ -1020,7 +1020,7 @@ void run(const Arguments &a) {
     for (int64_t i; (i = next.fetch_add(share)) < count;)
       for (const int64_t end = std::min(i + share, count); i < end; ++i)
         worker(i);
-    std::atomic_thread_fence(std::memory_order_seq_cst);  // after stream()
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // orders stream()
   };
   // One thread works without a parallel region: in a forked process, which
   // has lost the threads of the runtime, a region would wait for them forever.

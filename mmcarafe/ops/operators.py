@@ -77,9 +77,12 @@ class _LinearGradFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         grad, weights = ctx.saved_tensors
+        to_grad, to_weights = ctx.needs_input_grad
         return (
-            _OPS.reassemble(grad_out, weights, None),
-            _OPS.reassemble_grad_weights(grad, grad_out, weights, None),
+            _OPS.reassemble(grad_out, weights, None) if to_grad else None,
+            _OPS.reassemble_grad_weights(grad, grad_out, weights, None)
+            if to_weights
+            else None,
         )
 
 
@@ -93,9 +96,12 @@ class _LinearGradWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         grad, features = ctx.saved_tensors
+        to_grad, to_features, _ = ctx.needs_input_grad
         return (
-            _OPS.reassemble(features, grad_out, None),
-            _OPS.reassemble_grad_features(grad, grad_out, None),
+            _OPS.reassemble(features, grad_out, None) if to_grad else None,
+            _OPS.reassemble_grad_features(grad, grad_out, None)
+            if to_features
+            else None,
             None,
         )
 
@@ -136,6 +142,8 @@ class _Autograd:
                 return _OPS.reassemble_grad_weights(
                     grad, features, scores, normalizer, border
                 )
+        if normalizer is None:
+            return _LinearGradWeights.apply(grad, features, scores)
         dtype = scores.dtype
         tensors = map(reference.accumulable, (grad, features, scores))
         grad, features, scores = tensors

@@ -54,7 +54,7 @@ def scores_from_masks(masks, kernel_size, group_size, scale_factor):
 
 
 def masks_from_scores(scores):
-    """The inverse of :func:`scores_from_masks`; a copy."""
+    """The inverse of :func:`scores_from_masks`; a view where it can be."""
     n, groups, taps, s, _, height, width = scores.shape
     return scores.permute(0, 1, 2, 5, 3, 6, 4).reshape(
         n, groups * taps, s * height, s * width

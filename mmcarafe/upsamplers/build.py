@@ -10,13 +10,12 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcarafe.ops.carafe import check_int
 from mmcarafe.upsamplers.carafe import CARAFE, init_xavier
 from mmcarafe.upsamplers.dynamic_filter import DynamicFilter
-from mmcarafe.upsamplers.dysample import DySample
+from mmcarafe.upsamplers.dysample import DySample, pixel_shuffle
 from mmcarafe.upsamplers.eucb import EUCB
 from mmcarafe.upsamplers.freqfusion import FreqFusion
 from mmcarafe.upsamplers.sapa import SAPA
@@ -56,7 +55,7 @@ class PixelShuffle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Upsample ``[N, C_in, H, W]`` to ``[N, C_out, S*H, S*W]``."""
-        return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
+        return pixel_shuffle(self.upsample_conv(x), self.scale_factor)
 
 
 class Upsampler(NamedTuple):
@@ -283,7 +282,8 @@ def _fill_in(arguments, kind, cls, decided, name):
     if 'upsample_kernel' in accepted:
         decided['upsample_kernel'] = 3  # mmcv's pixel shuffle has no default
     for key in decided.keys() & accepted.keys():
-        arguments.setdefault(key, decided[key])
+        if arguments.get(key) is None:
+            arguments[key] = decided[key]
 
 
 def _check_upsamples(module, channels, scale_factor, what):

@@ -102,15 +102,27 @@ class DySample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``."""
         s = self.scale_factor
-        source = F.pixel_shuffle(x, s) if self.style == 'pl' else x
+        source = pixel_shuffle(x, s) if self.style == 'pl' else x
         offset = self.offset(source)
         if self.dyscope:
             offset = offset * 0.5 * self.scope(source).sigmoid()
         else:
             offset = offset * 0.25
         if self.style == 'lp':
-            offset = F.pixel_shuffle(offset, s)  # [N, 2*G, S*H, S*W]
+            offset = pixel_shuffle(offset, s)  # [N, 2*G, S*H, S*W]
         return sample(x, offset, self.groups, s)
+
+
+def pixel_shuffle(x: Tensor, scale_factor: int) -> Tensor:
+    """torch's, but the gradient of an empty batch has the right shape, too.
+
+    From ``[N, C*S*S, H, W]`` to ``[N, C, S*H, S*W]``.
+    """
+    if x.shape[0] > 0:
+        return F.pixel_shuffle(x, scale_factor)
+    _, channels, height, width = x.shape
+    s = scale_factor
+    return x.reshape(0, channels // s**2, s * height, s * width)
 
 
 def sample(
@@ -129,7 +141,7 @@ def sample(
         scale_factor (int): S.
 
     Returns:
-        Tensor[N, C, S*H, S*W]: in the dtype of x.
+        Tensor[N, C, S*H, S*W]: in the dtype of x; contiguous.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     # [N, 2, G, S*H, S*W]

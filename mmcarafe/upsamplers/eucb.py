@@ -15,7 +15,7 @@ class EUCB(nn.Module):
     `EMCAD: Efficient Multi-scale Convolutional Attention Decoding
     <https://arxiv.org/abs/2405.06880>`_: each pixel is repeated S*S times;
     then follow a 3×3 convolution of each channel, batch normalisation, ReLU
-    and a 1×1 convolution.
+    and a 1×1 convolution. Parameter names are not those of the public code.
 
     Args:
         in_channels (int): of the input.
@@ -25,6 +25,8 @@ class EUCB(nn.Module):
 
     def __init__(self, in_channels, out_channels, scale_factor=2):
         super().__init__()
+        check_int('in_channels', in_channels)
+        check_int('out_channels', out_channels)
         check_int('scale_factor', scale_factor)
         self.scale_factor = scale_factor
         self.depthwise = nn.Conv2d(

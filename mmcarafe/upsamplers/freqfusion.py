@@ -14,7 +14,8 @@ from mmcarafe.ops import carafe
 from mmcarafe.ops.carafe import check_int
 from mmcarafe.ops.reference import accumulable
 from mmcarafe.upsamplers.carafe import init_xavier
-from mmcarafe.upsamplers.dysample import sample
+from mmcarafe.upsamplers.dysample import pixel_shuffle, sample
+from mmcarafe.upsamplers.meet import check_guide
 
 _NORM_CHANNELS = 8  # of a group in the resampler's norms
 _DILATION = 2  # of the window of 3×3 pixels that the resampler compares
@@ -91,6 +92,7 @@ class FreqFusion(nn.Module):
             ('compressed_channels', compressed_channels),
         ):
             _check_divides('up_group', up_group, name, channels)
+        self.in_channels = in_channels
         self.guide_channels = guide_channels
         self.scale_factor = scale_factor
         self.lowpass_kernel = lowpass_kernel
@@ -149,15 +151,18 @@ class FreqFusion(nn.Module):
 
         The guide is ``[N, C', S*H, S*W]``. Returns the pair (sharpened guide,
         upsampled map).
+
+        Raises:
+            TypeError: an input is no floating-point tensor.
+            ValueError: an input has the wrong shape.
         """
-        s = self.scale_factor
-        size = [s * length for length in x.shape[2:]]
-        expected = (x.shape[0], self.guide_channels, *size)
-        if tuple(guide.shape) != expected:
-            raise ValueError(
-                f'guide has shape {tuple(guide.shape)}, expected '
-                f"(N, C', S*H, S*W) = {expected}"
-            )
+        check_guide(
+            x,
+            guide,
+            self.in_channels,
+            self.guide_channels,
+            self.scale_factor,
+        )
         fine = self.hr_channel_compressor(guide)
         coarse = self.lr_channel_compressor(x)
         high = self.content_encoder2(fine)
@@ -271,7 +276,7 @@ class _Resampler(nn.Module):
         coarse = _with_similarities(self.norm_lr(coarse))
         fine = _with_similarities(self.norm_hr(fine))
         offset, scope = (
-            F.pixel_shuffle(of_coarse(coarse), s) + of_fine(fine)
+            pixel_shuffle(of_coarse(coarse), s) + of_fine(fine)
             for of_coarse, of_fine in (
                 (self.offset, self.hr_offset),
                 (self.direct_scale, self.hr_direct_scale),

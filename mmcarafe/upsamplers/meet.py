@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcarafe.ops.carafe import check_map
 from mmcarafe.ops.export import is_exporting
 
 
@@ -39,7 +40,15 @@ def upsample_to_meet(
         tuple[Tensor[N, C', H', W'], list[Tensor[N, C_i, H', W']]]: the finer
         map, or the mean of what several upsamplers changed it to, and the
         upsampled maps.
+
+    Raises:
+        ValueError: there are not as many upsamplers as maps.
     """
+    if len(upsamplers) != len(maps):
+        raise ValueError(
+            f'upsamplers has {len(upsamplers)} entries, expected {len(maps)}, '
+            'one for each map'
+        )
     changed, upsampled = [], []
     for upsampler, x in zip(upsamplers, maps):
         if getattr(upsampler, 'guided', False):
@@ -53,9 +62,35 @@ def upsample_to_meet(
         else:
             x = upsampler(x)
         upsampled.append(match_size(x, fine.shape[2:], scale_factor))
-    if changed:
-        fine = sum(changed[1:], changed[0]) / len(changed)
+    if len(changed) == 1:
+        (fine,) = changed
+    elif changed:
+        fine = torch.stack(changed).mean(0)
     return fine, upsampled
+
+
+def check_guide(
+    x: Tensor,
+    guide: Tensor,
+    in_channels: int,
+    guide_channels: int,
+    scale_factor: int,
+) -> None:
+    """Raise unless x and its guide fit an upsampler and each other."""
+    check_map('x', x)
+    check_map('guide', guide)
+    if x.shape[1] != in_channels:
+        raise ValueError(
+            f'x has {x.shape[1]} channels, expected in_channels = '
+            f'{in_channels}'
+        )
+    size = [scale_factor * length for length in x.shape[2:]]
+    expected = (x.shape[0], guide_channels, *size)
+    if tuple(guide.shape) != expected:
+        raise ValueError(
+            f'guide has shape {tuple(guide.shape)}, expected '
+            f'(N, guide_channels, S*H, S*W) = {expected}'
+        )
 
 
 def _as_guide(fine, x, scale_factor):

@@ -5,10 +5,12 @@ Letters are those of :mod:`mmcarafe.ops.carafe`.
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from mmcarafe.ops import carafe, window_similarity
 from mmcarafe.ops.carafe import check_int
+from mmcarafe.upsamplers.meet import check_guide
 
 
 class SAPA(nn.Module):
@@ -81,8 +83,19 @@ class SAPA(nn.Module):
         """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``.
 
         The guide is ``[N, guide_channels, S*H, S*W]``.
+
+        Raises:
+            TypeError: an input is no floating-point tensor.
+            ValueError: an input has the wrong shape.
         """
-        q, k = self.norm_y(guide), self.norm_x(x)
+        check_guide(
+            x,
+            guide,
+            self.norm_x.num_channels,
+            self.norm_y.num_channels,
+            self.scale_factor,
+        )
+        q, k = _normalize(self.norm_y, guide), _normalize(self.norm_x, x)
         if self.q is not None:
             q, k = self.q(q), self.k(k)
         scores = window_similarity(
@@ -97,6 +110,13 @@ class SAPA(nn.Module):
 
     def extra_repr(self):
         return f'scale_factor={self.scale_factor}, up_kernel={self.up_kernel}'
+
+
+def _normalize(norm, x):
+    # Not by the module, which refuses groups of a single value.
+    return torch.group_norm(
+        x, norm.num_groups, norm.weight, norm.bias, norm.eps
+    )
 
 
 def _norm(channels):

@@ -137,9 +137,10 @@ def test_bf16(slot, kind):
         out = model(image)
         expected = model.float()(image.float())
     assert out.dtype == torch.bfloat16
-    # Of the largest value: a dozen convolutions, each rounded to 8 bits.
+    # Of the largest value: a dozen convolutions, each rounded to 8 bits. The
+    # worst seen on a CPU was 0.011.
     error = (out - expected).abs().max() / expected.abs().max()
-    assert error < 0.05
+    assert error < 0.03
 
 
 @pytest.mark.skipif(

@@ -224,7 +224,9 @@ def colours(names):
         kinds.setdefault(name.split(',')[0], []).append(name)
     found = {}
     for i, variants in enumerate(kinds.values()):
-        hue = 0.07 + i / len(kinds)  # CARAFE gets orange
+        hue = 0.07  # CARAFE gets orange, the others what is not close to it
+        if i > 0:
+            hue += 1 / 8 + 3 / 4 * (i - 1) / max(1, len(kinds) - 2)
         for j, name in enumerate(variants):
             saturation = 0.85 - 0.7 * j / len(variants)
             found[name] = colorsys.hsv_to_rgb(hue % 1, saturation, 0.85)

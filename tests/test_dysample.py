@@ -39,6 +39,14 @@ def published(module, x):
         offset = 2 * offset * module.scope(source).sigmoid()
     if module.style == 'pl':
         offset = F.pixel_unshuffle(offset, s)
+    return sampled(x, offset, s, g)
+
+
+def sampled(x, offset, s, g):
+    """Read ``x`` where the offsets ``[N, 2*G*S*S, H, W]`` say.
+
+    They are in pixels of a map of H×W; x may have another size.
+    """
     n, _, h, w = offset.shape
     offset = offset.view(n, 2, g, s, s, h, w)
     steps = (torch.arange(s) - (s - 1) / 2).to(x) / s
@@ -51,7 +59,7 @@ def published(module, x):
         for p in (px, py)
     )
     grid = torch.stack(((2 * px + 1) / w - 1, (2 * py + 1) / h - 1), -1)
-    maps = x.reshape(n * g, -1, h, w)
+    maps = x.reshape(n * g, -1, *x.shape[2:])
     out = F.grid_sample(maps, grid, 'bilinear', 'border', False)
     return out.view(n, -1, s * h, s * w)
 

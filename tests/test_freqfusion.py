@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_dysample import sampled
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,21 +108,7 @@ def resample(sampler, x, coarse, fine):
     offset = offset + F.pixel_unshuffle(sampler.hr_offset(fine), s)
     scope = sampler.direct_scale(coarse)
     scope = scope + F.pixel_unshuffle(sampler.hr_direct_scale(fine), s)
-    offset = offset * scope.sigmoid()
-    n, _, h, w = offset.shape
-    offset = offset.view(n, 2, g, s, s, h, w)
-    steps = (torch.arange(s) - (s - 1) / 2).to(x) / s
-    px = torch.arange(w).to(x) + steps.view(s, 1, 1) + offset[:, 0]
-    py = torch.arange(h).to(x).view(h, 1) + steps.view(s, 1, 1, 1)
-    py = py + offset[:, 1]
-    # [N, G, S, S, H, W] -> [N*G, S*H, S*W]
-    px, py = (
-        p.permute(0, 1, 4, 2, 5, 3).reshape(n * g, s * h, s * w)
-        for p in (px, py)
-    )
-    grid = torch.stack(((2 * px + 1) / w - 1, (2 * py + 1) / h - 1), -1)
-    maps = x.reshape(n * g, -1, s * h, s * w)
-    return F.grid_sample(maps, grid, 'bilinear', 'border', False).view_as(x)
+    return sampled(x, offset * scope.sigmoid(), s, g)
 
 
 def with_similarities(x):

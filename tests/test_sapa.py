@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import peak_memory
 from test_window_similarity import plain
 from torch import nn
 from torch.nn import functional as F
@@ -133,13 +134,8 @@ def test_memory_has_no_unfolded_features():
     """Unfolded to the output's size, they would be 25 times the output."""
     module = SAPA(256)
     x, y = torch.randn(1, 256, 16, 32), torch.randn(1, 256, 32, 64)
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        module(x.requires_grad_(), y.requires_grad_()).sum().backward()
-    in_use = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == '[memory]':
-            in_use += event.nbytes()
-            peak = max(peak, in_use)
+    x.requires_grad_(), y.requires_grad_()
+    peak = peak_memory(lambda: module(x, y).sum().backward(), x.device)
     assert 0 < peak < 5 * y.nbytes
 
 

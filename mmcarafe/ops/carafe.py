@@ -222,6 +222,14 @@ def check_int(name: str, value: int, odd: bool = False) -> None:
         raise ValueError(f'{name} is {value}, expected {expected}')
 
 
+def check_divides(name: str, value: int, of: str, channels: int) -> None:
+    """Raise unless ``value`` divides ``channels``, the argument ``of``."""
+    if channels % value:
+        raise ValueError(
+            f'{name} is {value}, expected a divisor of {of} = {channels}'
+        )
+
+
 def check_normalizer(normalizer: 'str | None', border: str) -> None:
     """Raise unless both are known and go together."""
     reference.check_options(normalizer, border)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcarafe.ops import carafe_from_logits
-from mmcarafe.ops.carafe import check_int, check_normalizer
+from mmcarafe.ops.carafe import check_divides, check_int, check_normalizer
 from mmcarafe.ops.reference import NORMALIZERS, unknown
 
 INITS = ('uniform', 'bilinear')
@@ -76,11 +76,7 @@ class CARAFE(nn.Module):
             raise ValueError(
                 f"init is 'bilinear' and up_kernel {up_kernel}, expected >= 3"
             )
-        if channels % up_group:
-            raise ValueError(
-                f'up_group is {up_group}, '
-                f'expected a divisor of channels = {channels}'
-            )
+        check_divides('up_group', up_group, 'channels', channels)
         if isinstance(compressed_channels, float):
             compressed_channels = round(compressed_channels * channels)
         check_int('compressed_channels', compressed_channels)

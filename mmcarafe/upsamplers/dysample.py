@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcarafe.ops.carafe import check_int
+from mmcarafe.ops.carafe import check_divides, check_int
 from mmcarafe.ops.export import is_compiling, is_exporting
 from mmcarafe.ops.reference import unknown
 
@@ -58,11 +58,7 @@ class DySample(nn.Module):
         if style not in STYLES:
             raise ValueError(unknown('style', style, STYLES))
         subpixels = scale_factor**2
-        if in_channels % groups:
-            raise ValueError(
-                f'groups is {groups}, expected a divisor of in_channels, '
-                f'which is {in_channels}'
-            )
+        check_divides('groups', groups, 'in_channels', in_channels)
         if style == 'pl' and in_channels % subpixels:
             raise ValueError(
                 f"style is 'pl' and in_channels {in_channels}, expected a "

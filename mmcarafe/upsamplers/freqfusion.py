@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcarafe.ops import carafe
-from mmcarafe.ops.carafe import check_int
+from mmcarafe.ops.carafe import check_divides, check_int
 from mmcarafe.ops.reference import accumulable
 from mmcarafe.upsamplers.carafe import init_xavier
 from mmcarafe.upsamplers.dysample import pixel_shuffle, sample
@@ -91,7 +91,7 @@ class FreqFusion(nn.Module):
             ('guide_channels', guide_channels),
             ('compressed_channels', compressed_channels),
         ):
-            _check_divides('up_group', up_group, name, channels)
+            check_divides('up_group', up_group, name, channels)
         self.in_channels = in_channels
         self.guide_channels = guide_channels
         self.scale_factor = scale_factor
@@ -117,7 +117,7 @@ class FreqFusion(nn.Module):
         self.dysampler = None
         if feature_resample:
             check_int('feature_resample_group', feature_resample_group)
-            _check_divides(
+            check_divides(
                 'feature_resample_group',
                 feature_resample_group,
                 'in_channels',
@@ -309,13 +309,6 @@ def _with_similarities(x):
 def _init_normal(conv):
     nn.init.normal_(conv.weight, std=0.001)
     nn.init.zeros_(conv.bias)
-
-
-def _check_divides(name, value, of, channels):
-    if channels % value:
-        raise ValueError(
-            f'{name} is {value}, expected a divisor of {of} = {channels}'
-        )
 
 
 def _drop_constants(state_dict, prefix, *_):

@@ -1,16 +1,11 @@
 """Shapes with a reason, and their inputs, to test every implementation."""
 
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from mmcarafe.ops.reference import BORDERS, DTYPES, NORMALIZERS, SUM_TO_ONE
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools'))
-from _measure import peak_memory  # noqa: E402, F401
 
 
 class Case(NamedTuple):

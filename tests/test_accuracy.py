@@ -33,8 +33,7 @@ SCRIPT = ROOT / 'benchmarks/accuracy.py'
 
 
 @pytest.fixture
-def accuracy(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+def accuracy():
     import accuracy
 
     threads = torch.get_num_threads()

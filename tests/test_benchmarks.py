@@ -16,8 +16,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:changing options to `torch.c')
 
 
 @pytest.fixture
-def bench_op(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+def bench_op():
     import bench_op
 
     return bench_op

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from _measure import peak_memory
 from cases import (
     CASES,
     LAYOUTS,
@@ -15,7 +16,6 @@ from cases import (
     all_options,
     assert_as_exact_as,
     forward_and_gradients,
-    peak_memory,
     randn,
 )
 from torch.nn import functional as F

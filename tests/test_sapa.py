@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import peak_memory
+from _measure import peak_memory
 from test_window_similarity import plain
 from torch import nn
 from torch.nn import functional as F

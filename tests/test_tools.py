@@ -1,7 +1,6 @@
 """The tools as users run them, on the embedded shapes and on real images."""
 
 import gc
-import importlib
 import json
 import os
 import pickle
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -408,7 +408,7 @@ def compare_sync_bn(rank, port):
     whole = nn.BatchNorm2d(5)
     nn.init.uniform_(whole.weight)
     nn.init.uniform_(whole.bias)
-    shared = load_tool('_cpu').CPUSyncBatchNorm(5)
+    shared = import_module('_cpu').CPUSyncBatchNorm(5)
     shared.load_state_dict(whole.state_dict())
 
     x_whole = x.clone().requires_grad_()
@@ -434,13 +434,6 @@ def test_sync_bn_on_cpus_is_bn_of_the_whole_batch():
     torch.multiprocessing.spawn(compare_sync_bn, (free_port(),), nprocs=2)
 
 
-def load_tool(name):
-    """A module of the folder tools/, once."""
-    if str(ROOT / 'tools') not in sys.path:
-        sys.path.insert(0, str(ROOT / 'tools'))
-    return importlib.import_module(name)
-
-
 @pytest.fixture
 def error(monkeypatch, tmp_path, capsys):
     """Run a tool that must refuse its arguments; return the message."""
@@ -456,7 +449,7 @@ def error(monkeypatch, tmp_path, capsys):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, 'argv', [tool, *words])
         with pytest.raises(SystemExit) as caught:
-            load_tool(tool).main()
+            import_module(tool).main()
         message = caught.value.code
         assert isinstance(message, str)
         assert message.startswith('error: ') and '\n' not in message
@@ -520,7 +513,7 @@ def test_unreadable_config(error, tmp_path, text, message):
 )
 def test_whole_numbers(value, good):
     settings = dict(by_epoch=False, max_iters=10, val_interval=value)
-    check = load_tool('_cli').check_train_cfg
+    check = import_module('_cli').check_train_cfg
     if good:
         check(Config(dict(train_cfg=settings)))
         return
@@ -538,7 +531,7 @@ def test_heads_that_concatenate_levels(transform):
     model.decode_head = nn.Module()
     model.decode_head.in_channels = 16
     model.decode_head.input_transform = transform
-    check = load_tool('_cli')._check_width
+    check = import_module('_cli')._check_width
     if transform == 'resize_concat':
         check(model)
         return
@@ -553,7 +546,7 @@ def test_distributed_state_is_not_built_before_its_processes():
     cfg = Config(
         dict(optim_wrapper=dict(optimizer=optimizer), launcher='pytorch')
     )
-    build = load_tool('_cli').build_optimizer
+    build = import_module('_cli').build_optimizer
     assert build(cfg, nn.Linear(1, 1)) is None
     cfg.launcher = 'none'
     with pytest.raises(SystemExit, match='optim_wrapper: .*process group'):
@@ -572,7 +565,7 @@ def test_channels_that_the_roi_extractor_does_not_give(head):
         model.train_cfg.rcnn.mask_size = 28
         model.test_cfg.rcnn.mask_thr_binary = 0.5
     cfg = Config(dict(model=model, default_scope='mmdet'))
-    build = load_tool('_cli').build_model
+    build = import_module('_cli').build_model
     build(cfg)
     cfg.model.roi_head[head].in_channels = 32
     with pytest.raises(SystemExit) as caught:
@@ -604,7 +597,7 @@ def test_channels_that_the_backbone_does_not_give(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', ['train', SHAPES, *words])
     with pytest.raises(SystemExit, match=f'error: {message}'):
-        load_tool('train').main()
+        import_module('train').main()
 
 
 def test_rates_are_listed_by_the_run_alone(capfd):
@@ -612,7 +605,7 @@ def test_rates_are_listed_by_the_run_alone(capfd):
     wrapper = dict(optimizer=optimizer, paramwise_cfg=dict(bias_lr_mult=2))
     cfg = Config(dict(optim_wrapper=wrapper, launcher='none'))
     level = MMLogger.get_current_instance().level
-    built = load_tool('_cli').build_optimizer(cfg, nn.Linear(1, 1))
+    built = import_module('_cli').build_optimizer(cfg, nn.Linear(1, 1))
     assert [g['lr'] for g in built.optimizer.param_groups] == [0.1, 0.2]
     assert 'paramwise' not in ''.join(capfd.readouterr())
     assert MMLogger.get_current_instance().level == level
@@ -620,7 +613,10 @@ def test_rates_are_listed_by_the_run_alone(capfd):
 
 def test_what_was_built_to_check_is_freed(monkeypatch, shapes, tmp_path):
     """A second model and a checkpoint would take memory while training."""
-    train, cli = load_tool('train'), load_tool('_cli')
+    train, cli = (
+        import_module('train'),
+        import_module('_cli'),
+    )
     build, models = cli.build_model, []
 
     def build_model(cfg):
@@ -680,7 +676,7 @@ def test_hook_without_a_type(error):
 
 def test_settings_of_another_runner():
     options = {'strategy.type': 'DDPStrategy', 'runner_type': 'FlexibleRunner'}
-    check = load_tool('_cli')._check_keys
+    check = import_module('_cli')._check_keys
     check(options, Config(dict(model=dict())))
     del options['runner_type']
     with pytest.raises(SystemExit, match='strategy.type: the config has no'):
@@ -956,7 +952,7 @@ def test_out_for_label_maps_is_a_folder(tmp_path):
     (tmp_path / 'file').touch()
     for out in ('seg.pkl', str(tmp_path / 'file')):
         with pytest.raises(SystemExit, match='^error: --out: .*a folder'):
-            load_tool('test').keep_predictions(cfg, out)
+            import_module('test').keep_predictions(cfg, out)
 
 
 @pytest.mark.parametrize('key', ['tta_model', 'tta_pipeline'])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from test_tools import (  # noqa: F401  (fixtures)
     environment,
     error,
     execute,
-    load_tool,
     segmentor,
     shapes,
     shapes_options,
@@ -296,10 +296,10 @@ def test_a_state_dict_that_is_none(error, shapes, tmp_path):
     ids=['bare', 'distributed', 'counters', 'preprocessor'],
 )
 def test_weights_that_fit(weights, tmp_path, change):
-    checkpoints = load_tool('_checkpoints')
+    checkpoints = import_module('_checkpoints')
     cfg = Config.fromfile(ROOT / SHAPES)
     torch.manual_seed(1)  # other weights than those that were saved
-    model = load_tool('_cli').build_model(cfg)
+    model = import_module('_cli').build_model(cfg)
     name = 'neck.upsample_modules.0.channel_compressor.weight'
     assert not torch.equal(model.state_dict()[name], weights[name])
     checkpoints.check_weights(model, 'x.pth', change(weights))
@@ -309,13 +309,13 @@ def test_weights_that_fit(weights, tmp_path, change):
 @pytest.mark.filterwarnings('ignore:``build_loss`` would be deprecated')
 @pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False')
 def test_auxiliary_head_is_not_needed_to_test(segmentor):
-    checkpoints = load_tool('_checkpoints')
+    checkpoints = import_module('_checkpoints')
     cfg = Config.fromfile(segmentor)
-    model = load_tool('_cli').build_model(cfg)
+    model = import_module('_cli').build_model(cfg)
     state = model.state_dict()
     checkpoints.check_weights(model, '', without('^auxiliary', state))
     cfg.model.auxiliary_head = None
-    model = load_tool('_cli').build_model(cfg)
+    model = import_module('_cli').build_model(cfg)
     checkpoints.check_weights(model, '', state)
     with pytest.raises(SystemExit, match='does not fit this config'):
         checkpoints.check_weights(model, '', without('^decode', state))
@@ -333,7 +333,7 @@ def test_weights_of_a_detector_are_not_exported(
     words = ['export', str(segmentor), str(file), '--out', str(out)]
     monkeypatch.setattr(sys, 'argv', words)
     with pytest.raises(SystemExit) as caught:
-        load_tool('export_onnx').main()
+        import_module('export_onnx').main()
     assert re.match(
         rf'error: {file} does not fit this config: \d+ of \d+ weights fit; '
         r'missing: .* and \d+ more; unexpected: .* and \d+ more',
@@ -537,7 +537,7 @@ def test_blanks_in_options(error, tmp_path):
     assert error('train', SHAPES, *words) == (
         f'train_dataloader.dataset.data_root: there is no {folder}'
     )
-    parse = load_tool('_cli').Options.parse
+    parse = import_module('_cli').Options.parse
     assert parse('a (b)  c') == 'a (b)  c'
     assert parse("'a, b'") == 'a, b'
     assert parse('[ a b , (1, 2.5 ),None]') == ['a b', (1, 2.5), None]
@@ -630,7 +630,7 @@ def test_last_checkpoint_that_names_no_file(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', ['train', SHAPES, *words])
     with pytest.raises(SystemExit) as caught:
-        load_tool('train').main()
+        import_module('train').main()
     assert caught.value.code == f'error: {message.format(tmp_path)}'
 
 
@@ -641,7 +641,7 @@ def test_resuming_without_knowing_the_newest(monkeypatch, shapes, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', ['train', SHAPES, *words])
     with pytest.raises(SystemExit) as caught:
-        load_tool('train').main()
+        import_module('train').main()
     assert caught.value.code == (
         f'error: --resume: {tmp_path} has epoch_1.pth but no last_checkpoint, '
         'which names the newest; name the file: --resume CHECKPOINT'
@@ -661,7 +661,7 @@ def test_what_a_scheduler_adds_is_no_difference():
         state_dict=model.state_dict(),
         optimizer=saved,
     )
-    check = load_tool('_checkpoints').check_resumed
+    check = import_module('_checkpoints').check_resumed
     check('x.pth', checkpoint, model, own)
     saved['param_groups'][0]['betas'] = (0.9, 0.99)
     with pytest.raises(SystemExit, match='it sets betas, SGD sets maximize'):

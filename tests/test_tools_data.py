@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,6 @@ from test_tools import (
     environment,
     execute,
     free_port,
-    load_tool,
     shapes_options,
 )
 
@@ -61,7 +61,7 @@ def refused(monkeypatch, tmp_path, capsys):
         ]
         monkeypatch.setattr(sys, 'argv', [tool, *words])
         with pytest.raises(SystemExit) as caught:
-            load_tool(tool).main()
+            import_module(tool).main()
         assert not work_dir.exists()  # nothing was written
         return message_of(caught)
 
@@ -116,7 +116,7 @@ def read(folder, dataset, scope, **kwargs):
     """Train on a data set that must be refused; return the message."""
     runner = make_runner(folder, dataset, scope, **kwargs)
     with pytest.raises(SystemExit) as caught:
-        with load_tool('_data').guarded(runner, 'train'):
+        with import_module('_data').guarded(runner, 'train'):
             runner.train()
     return message_of(caught)
 
@@ -167,7 +167,7 @@ def shape_classes():
 
 
 def test_classes_are_written_down_once():
-    shapes = load_tool('dataset_converters.shapes')
+    shapes = import_module('dataset_converters.shapes')
     detector = Config.fromfile(ROOT / SHAPES)
     segmentor = Config.fromfile(ROOT / UPERNET)
     names = detector.train_dataloader.dataset.metainfo.classes
@@ -285,11 +285,11 @@ def test_segmentor_of_another_number_of_classes(
     ids=str,
 )
 def test_heads_that_predict_something_else(model):
-    assert not list(load_tool('_data')._heads(model))
+    assert not list(import_module('_data')._heads(model))
 
 
 def test_panoptic_heads_predict_things():
-    check = load_tool('_data')._check_heads
+    check = import_module('_data')._check_heads
     heads = {'model.roi_head.bbox_head': dict(num_classes=2)}
     classes = dict(classes=('cat', 'dog', 'sky'), thing_classes=('cat', 'dog'))
     check(heads, classes, 'data')
@@ -301,7 +301,7 @@ def check(dataset, scope):
     """Check one data set as both tools do before they write."""
     cfg = dict(train_dataloader=dict(dataset=dataset), model={})
     cfg = Config(dict(default_scope=scope, **cfg))
-    load_tool('_data').check_data(cfg, 'train')
+    import_module('_data').check_data(cfg, 'train')
 
 
 def test_a_transform_whose_library_is_missing(data, monkeypatch):
@@ -434,7 +434,7 @@ def warnings(monkeypatch):
     """What is written into the log as a warning."""
     lines = []
     monkeypatch.setattr(
-        load_tool('_data'),
+        import_module('_data'),
         'print_log',
         lambda line, logger, level: lines.append((line, level)),
     )
@@ -444,7 +444,7 @@ def warnings(monkeypatch):
 def load(folder, dataset, scope):
     """The data set, guarded."""
     runner = make_runner(folder, dataset, scope)
-    with load_tool('_data').guarded(runner, 'train'):
+    with import_module('_data').guarded(runner, 'train'):
         return runner.train_loop.dataloader.dataset
 
 
@@ -644,7 +644,7 @@ def test_paths_of_another_backend(data, tmp_path, backend):
             val_evaluator=evaluator,
         )
     )
-    check_data = load_tool('_data').check_data
+    check_data = import_module('_data').check_data
     if backend == 'petrel':
         check_data(cfg, 'val')
         return
@@ -733,7 +733,7 @@ def test_shapes_that_are_not_drawn_yet(monkeypatch, tmp_path):
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        load_tool('train').main()
+        import_module('train').main()
     assert message_of(caught) == (
         'train_dataloader.dataset.data_root: there is no data/shapes/, make '
         'it with: python tools/dataset_converters/shapes.py data/shapes'

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from _measure import peak_memory
 from cases import (
     all_cases,
     all_dtypes,
     all_layouts,
     assert_as_exact_as,
-    peak_memory,
     randn,
 )
 from torch.nn import functional as F

@@ -197,17 +197,17 @@ def _bf16_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, 'create_dot', widened)
 
 
-fastest = kernels._fastest
+time_candidates = kernels._time
 
 
 @pytest.fixture(autouse=True)
 def _untuned(monkeypatch):
     """The first candidate; compiling them all for each case takes minutes."""
-    monkeypatch.setattr(kernels, '_tuned', {})
-    monkeypatch.setattr(kernels, '_fastest', lambda configs, _: configs[0])
-    kernels._plan.cache_clear()
-    yield
-    kernels._plan.cache_clear()
+    monkeypatch.setattr(kernels, '_times', {})
+    monkeypatch.setattr(kernels, '_launches', {})
+    monkeypatch.setattr(
+        kernels, '_time', lambda problem, configs, tensors: {configs[0]: 0}
+    )
 
 
 def test_cases_have_all_options():
@@ -273,7 +273,7 @@ def test_every_candidate(name, kind, config, device, monkeypatch):
     monkeypatch.setitem(kernels.pinned, name, config)
     dtype = torch.float32 if 'fp32' in kind else torch.float16
     # More than one tile and one block of channels in every direction.
-    size = (5, 9) if config.banded else (2, 5)
+    size = (5, 9) if config.way == 'banded' else (2, 5)
     case = Case(1, 130, *size, k=3), OPTIONS['softmax-zeros'], 'logits'
     check(
         name, arguments(name, *problem(*case, dtype, device, 'NHWC' in kind))
@@ -397,17 +397,24 @@ def test_tuning_takes_the_fastest_that_fits(monkeypatch):
     configs = kernels._CANDIDATES['reassemble', 'fp32 NCHW']
     assert len(configs) > 2
 
-    def launch(config):
+    def load(problem, config, tensors):
         if config in too_large:
             raise OutOfResources(2, 1, 'shared memory')
+        return kernels.Launch(lambda: None, problem, config, None)
+
+    monkeypatch.setattr(kernels, '_load', load)
+
+    def fastest():
+        times = time_candidates(None, configs, (), rounds=1)
+        return min(times, key=times.get)
 
     too_large = configs[1:2]
-    assert fastest(configs, launch) == configs[-1]
+    assert fastest() == configs[-1]
     too_large = configs[-1:]
-    assert fastest(configs, launch) == configs[-2]
+    assert fastest() == configs[-2]
     too_large = configs[:1]
     with pytest.raises(OutOfResources):
-        fastest(configs, launch)
+        fastest()
 
 
 def _interpreter_can_index():
@@ -462,16 +469,14 @@ class _Target:
 def compile_for(monkeypatch):
     """Compile what one call launches; return its one kernel."""
     import triton
-    from triton.runtime.jit import JITFunction
+    from triton.compiler import CompiledKernel
 
     compiled = []
 
     def instead_of_launching(self, grid):
-        return lambda *args, **options: compiled.append(
-            self.run(*args, grid=grid, warmup=True, **options)
-        )
+        return lambda *args: compiled.append(self)
 
-    monkeypatch.setattr(JITFunction, '__getitem__', instead_of_launching)
+    monkeypatch.setattr(CompiledKernel, '__getitem__', instead_of_launching)
 
     def compile_for(target, name, args):
         driver = triton.runtime.driver
@@ -547,7 +552,7 @@ def test_fast_paths_spill_no_registers(
         shared = kernel.metadata.shared
         print(config, border, registers, 'registers', shared, 'bytes')
         assert stack == 0
-        banded_16_bit = config.banded and '16 bit' in kind
+        banded_16_bit = config.way == 'banded' and '16 bit' in kind
         assert ('mma' in kernel.asm['ptx']) == banded_16_bit
 
 
@@ -623,12 +628,13 @@ def module_like():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @for_each_operator
 def test_tuned(name, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, '_fastest', fastest)
+    monkeypatch.setattr(kernels, '_time', time_candidates)
     for case in ('fpn', 'fpn-renormalize'):
         check(name, arguments(name, *problem(*CASES[case], dtype, 'cuda')))
-    configs = kernels._tuned.values()
-    assert len(configs) == 2  # a border has a fastest of its own
-    assert {*configs} <= {*itertools.chain(*kernels._CANDIDATES.values())}
+    assert len(kernels._times) == 2  # a border has a fastest of its own
+    for times in kernels._times.values():
+        assert {*times} <= {*itertools.chain(*kernels._CANDIDATES.values())}
+        assert all(0 < x < 10 for x in times.values())
 
 
 @gpu

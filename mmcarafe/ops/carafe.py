@@ -193,7 +193,7 @@ def window_similarity(
     masks = query.new_empty(
         n, group_size * kernel_size**2, s * height, s * width
     )
-    scores = torch.ops.mmcarafe.reassemble_grad_weights(
+    scores = torch.ops.mmcarafe.reassemble_grad_weights.default(
         query, key, reference.scores_from_masks(masks, *hyperparameters), None
     )
     return reference.masks_from_scores(scores)
@@ -205,7 +205,9 @@ def _reassemble(features, scores, normalizer, border, *hyperparameters):
         return export.reassemble(
             features, scores, normalizer, border, *hyperparameters
         )
-    return torch.ops.mmcarafe.reassemble(features, scores, normalizer, border)
+    return torch.ops.mmcarafe.reassemble.default(
+        features, scores, normalizer, border
+    )
 
 
 # Arguments are checked once, here; what serves a device trusts them.

@@ -43,23 +43,46 @@ class _Meta:
         return torch.empty_like(scores)
 
 
+class _BelowAutograd:
+    """The operators for tensors that no gradient is wanted of.
+
+    They skip one dispatch through Python, which takes as long as the kernel
+    of a small map on a GPU.
+    """
+
+    @staticmethod
+    def reassemble(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.reassemble.default(*args)
+
+    @staticmethod
+    def reassemble_grad_features(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.reassemble_grad_features.default(*args)
+
+    @staticmethod
+    def reassemble_grad_weights(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.reassemble_grad_weights.default(*args)
+
+
 class _Reassemble(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, scores, normalizer, border):
         ctx.save_for_backward(features, scores)
         ctx.options = normalizer, border
-        with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.reassemble(features, scores, normalizer, border)
+        return _BelowAutograd.reassemble(features, scores, normalizer, border)
 
     @staticmethod
     def backward(ctx, grad):
         features, scores = ctx.saved_tensors
         to_features, to_scores, *_ = ctx.needs_input_grad
+        ops = _OPS if torch.is_grad_enabled() else _BelowAutograd
         return (
-            _OPS.reassemble_grad_features(grad, scores, *ctx.options)
+            ops.reassemble_grad_features(grad, scores, *ctx.options)
             if to_features
             else None,
-            _OPS.reassemble_grad_weights(grad, features, scores, *ctx.options)
+            ops.reassemble_grad_weights(grad, features, scores, *ctx.options)
             if to_scores
             else None,
             None,
@@ -71,8 +94,7 @@ class _LinearGradFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, weights):
         ctx.save_for_backward(grad, weights)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.reassemble_grad_features(grad, weights, None)
+        return _BelowAutograd.reassemble_grad_features(grad, weights, None)
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -90,8 +112,9 @@ class _LinearGradWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, features, weights):
         ctx.save_for_backward(grad, features)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.reassemble_grad_weights(grad, features, weights, None)
+        return _BelowAutograd.reassemble_grad_weights(
+            grad, features, weights, None
+        )
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -107,7 +130,11 @@ class _LinearGradWeights(torch.autograd.Function):
 
 
 def _is_differentiated(*tensors):
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # any() takes twice as long
+            if x.requires_grad:
+                return True
+    return False
 
 
 class _Autograd:
@@ -118,15 +145,18 @@ class _Autograd:
 
     @staticmethod
     def reassemble(features, scores, normalizer, border='zeros'):
+        if not _is_differentiated(features, scores):
+            return _BelowAutograd.reassemble(
+                features, scores, normalizer, border
+            )
         return _Reassemble.apply(features, scores, normalizer, border)
 
     @staticmethod
     def reassemble_grad_features(grad, scores, normalizer, border='zeros'):
         if not _is_differentiated(grad, scores):
-            with torch._C._AutoDispatchBelowAutograd():
-                return _OPS.reassemble_grad_features(
-                    grad, scores, normalizer, border
-                )
+            return _BelowAutograd.reassemble_grad_features(
+                grad, scores, normalizer, border
+            )
         wide_grad, scores = map(reference.accumulable, (grad, scores))
         weights = reference.normalize(
             reference.exclude_outside(scores, border), normalizer
@@ -138,10 +168,9 @@ class _Autograd:
         grad, features, scores, normalizer, border='zeros'
     ):
         if not _is_differentiated(grad, features, scores):
-            with torch._C._AutoDispatchBelowAutograd():
-                return _OPS.reassemble_grad_weights(
-                    grad, features, scores, normalizer, border
-                )
+            return _BelowAutograd.reassemble_grad_weights(
+                grad, features, scores, normalizer, border
+            )
         if normalizer is None:
             return _LinearGradWeights.apply(grad, features, scores)
         dtype = scores.dtype

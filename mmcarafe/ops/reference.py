@@ -197,17 +197,15 @@ def empty_map(like, channels, scale_factor, size=None):
     """New ``[N, C, S*H, S*W]`` in the memory format of ``like``."""
     n, _, height, width = like.shape
     height, width = size or (height * scale_factor, width * scale_factor)
-    channels_last = (
-        not like.is_contiguous() and channels > 1 and like.stride(1) == 1
-    )
-    return torch.empty(
-        (n, channels, height, width),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last
-        if channels_last
-        else torch.contiguous_format,
-    )
+    shape = n, channels, height, width
+    if not like.is_contiguous() and channels > 1 and like.stride(1) == 1:
+        return torch.empty(
+            shape,
+            dtype=like.dtype,
+            device=like.device,
+            memory_format=torch.channels_last,
+        )
+    return like.new_empty(shape)
 
 
 def _taps(scores):

@@ -41,7 +41,7 @@ of 100*C; that is 35 GFLOP, or 36 us at the vendor's 989 TFLOP/s.
 import functools
 import importlib.util
 import math
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -54,7 +54,7 @@ _CAPABILITY = (8, 0)  # what the kernels are compiled for in the tests
 class Config(NamedTuple):
     """How one kernel cuts its work; a tile is block_h x block_w pixels."""
 
-    banded: bool
+    way: str  # 'plain', 'hoisted' or 'banded'
     block_c: int
     block_h: int
     block_w: int
@@ -70,7 +70,7 @@ class View(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What decides how a kernel is launched; the caches are keyed by it."""
+    """What decides how a kernel cuts its work."""
 
     name: str
     normalizer: Optional[str]
@@ -86,61 +86,75 @@ class Problem(NamedTuple):
         return 'NHWC' if self.features.stride[1] == 1 else 'NCHW'
 
 
+class Launch(NamedTuple):
+    """A kernel that is ready, for tensors of one kind."""
+
+    run: Callable  # takes the tensors
+    problem: Problem
+    config: Config
+    compiled: Any  # Triton's; None in its interpreter
+
+
 # The first candidate that fits is the default; timing picks among all of them
 # unless torch.use_deterministic_algorithms is on or a CUDA graph is captured.
 _CANDIDATES = {
     ('reassemble', 'fp32 NCHW'): [
-        Config(False, 64, 1, 32, 4),
-        Config(False, 32, 1, 64, 4),
-        Config(False, 16, 1, 128, 4),
-        Config(False, 32, 1, 32, 2),
+        Config('hoisted', 16, 1, 32, 4),
+        Config('plain', 64, 1, 32, 4),
+        Config('plain', 32, 1, 64, 4),
+        Config('plain', 16, 1, 128, 4),
+        Config('plain', 32, 1, 32, 2),
     ],
     ('reassemble', 'fp32 NHWC'): [
-        Config(False, 128, 1, 8, 4),
-        Config(False, 64, 1, 16, 4),
+        Config('hoisted', 16, 1, 16, 4),
+        Config('plain', 128, 1, 8, 4),
+        Config('plain', 64, 1, 16, 4),
     ],
     ('reassemble', '16 bit NCHW'): [
-        Config(True, 64, 8, 8, 4),
-        Config(True, 64, 8, 16, 4),
-        Config(True, 64, 4, 32, 4),
-        Config(True, 64, 2, 16, 4),
+        Config('banded', 64, 8, 8, 4),
+        Config('banded', 64, 8, 16, 4),
+        Config('banded', 64, 4, 32, 4),
+        Config('banded', 64, 2, 16, 4),
     ],
     ('reassemble', '16 bit NHWC'): [
-        Config(True, 64, 8, 8, 4),
-        Config(True, 64, 8, 16, 4),
-        Config(True, 128, 8, 16, 8),
-        Config(False, 128, 1, 8, 4),
+        Config('banded', 64, 8, 8, 4),
+        Config('banded', 64, 8, 16, 4),
+        Config('banded', 128, 8, 16, 8),
     ],
     ('reassemble_grad_features', 'fp32'): [
-        Config(True, 32, 4, 4, 4, 2),
-        Config(True, 64, 4, 4, 8, 2),
+        Config('banded', 32, 4, 4, 4, 2),
+        Config('banded', 64, 4, 4, 8, 2),
     ],
     ('reassemble_grad_features', '16 bit'): [
-        Config(True, 64, 4, 4, 4, 2),
-        Config(True, 128, 4, 4, 4, 2),
-        Config(True, 128, 4, 4, 8, 2),
+        Config('banded', 64, 4, 4, 4, 2),
+        Config('banded', 128, 4, 4, 4, 2),
+        Config('banded', 128, 4, 4, 8, 2),
     ],
     ('reassemble_grad_weights', 'fp32'): [
-        Config(True, 16, 2, 16, 4),
-        Config(True, 32, 2, 16, 4),
-        Config(True, 32, 4, 16, 8),
+        Config('banded', 16, 2, 16, 4),
+        Config('banded', 32, 2, 16, 4),
+        Config('banded', 32, 4, 16, 8),
     ],
     ('reassemble_grad_weights', '16 bit'): [
-        Config(True, 64, 4, 16, 4),
-        Config(True, 64, 2, 16, 4),
-        Config(True, 64, 8, 8, 4),
-        Config(True, 64, 8, 16, 8),
+        Config('banded', 64, 4, 16, 4),
+        Config('banded', 64, 2, 16, 4),
+        Config('banded', 64, 8, 8, 4),
+        Config('banded', 64, 8, 16, 8),
     ],
 }
 # Where no candidate fits: large K, whose patches outgrow the tiles above.
 _FALLBACK = {
-    'reassemble': Config(False, 16, 1, 16, 4),
-    'reassemble_grad_features': Config(True, 16, 4, 4, 4),
-    'reassemble_grad_weights': Config(True, 16, 1, 16, 4),
+    'reassemble': Config('plain', 16, 1, 16, 4),
+    'reassemble_grad_features': Config('banded', 16, 4, 4, 4),
+    'reassemble_grad_weights': Config('banded', 16, 1, 16, 4),
 }
 
+_HOISTED = 100  # weights of a pixel that registers hold, as K=5 and S=2 need
+
 pinned = {}  # operator name -> Config that is used whatever the problem
-_tuned = {}  # problem -> fastest Config
+_times = {}  # kind of problem -> Config -> milliseconds
+_launches = {}  # all that decides a launch -> Launch
+_MOST_LAUNCHES = 4096
 
 
 def status() -> str:
@@ -205,11 +219,39 @@ def reassemble_grad_weights(
 
 
 def _run(name, features, scores, tensors, normalizer, border):
+    if scores.numel() == 0:
+        return
+    # All that decides a launch. Triton compiles for pointers that are
+    # multiples of 16 bytes, and for others.
+    device = scores.get_device()  # -1 for Triton's interpreter
+    key = (
+        name,
+        normalizer,
+        border,
+        device,
+        scores.dtype,
+        pinned.get(name),
+        torch.are_deterministic_algorithms_enabled(),
+        *(x.shape for x in tensors),
+        *(x.stride() for x in tensors),
+        *(x.data_ptr() % 16 == 0 for x in tensors),
+    )
+    # On the tensors' own device and current stream. No context where that is
+    # the current one, because it would take longer than all of the above.
+    if device < 0 or device == torch.cuda.current_device():
+        launch = _launches.get(key) or _prepare(key, features, scores, tensors)
+        launch.run(*tensors)
+        return
+    with torch.cuda.device(device):
+        _run(name, features, scores, tensors, normalizer, border)
+
+
+def _prepare(key, features, scores, tensors):
+    """Choose, compile and load a kernel; return its launch."""
+    name, normalizer, border, *_ = key
     reference.check_options(normalizer, border)
     if normalizer not in reference.SUM_TO_ONE:
         border = 'zeros'  # the same, because there is no sum over the taps
-    if scores.numel() == 0:
-        return
     problem = Problem(
         name,
         normalizer,
@@ -220,18 +262,16 @@ def _run(name, features, scores, tensors, normalizer, border):
         View(scores.shape, scores.stride()),
         tuple(View(x.shape, x.stride()) for x in tensors),
     )
-
-    def launch(config):
-        kernel, grid, arguments, options = _plan(problem, config)
-        kernel[grid](*tensors, *arguments, **options)
-
-    # On the tensors' own device and current stream; a no-op for the CPU
-    # tensors of Triton's interpreter.
-    with torch.cuda.device_of(scores):
-        launch(_choose(problem, launch))
+    config = _choose(problem, tensors)
+    launch = _load(problem, config, tensors)
+    if not _is_capturing(problem.device):  # then the choice may be a makeshift
+        if len(_launches) == _MOST_LAUNCHES:
+            _launches.clear()
+        _launches[key] = launch
+    return launch
 
 
-def _choose(problem, launch):
+def _choose(problem, tensors):
     if problem.name in pinned:
         return pinned[problem.name]
     configs, like = _configs(problem)
@@ -243,14 +283,46 @@ def _choose(problem, launch):
         # Tiles of another shape may add in another order, so timing them
         # would let the clock choose the last bit.
         return configs[0]
-    if like not in _tuned:
-        if torch.cuda.is_current_stream_capturing():
+    if like not in _times:
+        if _is_capturing(problem.device):
             return configs[0]
-        _tuned[like] = _fastest(configs, launch)
-    return _tuned[like]
+        _times[like] = _time(problem, configs, tensors)
+    return min(_times[like], key=_times[like].get)
 
 
-@functools.lru_cache(maxsize=4096)
+def _is_capturing(device):
+    return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+
+
+def _load(problem, config, tensors):
+    """Compile and load a kernel for tensors like these; return its launch."""
+    from triton.runtime.jit import JITFunction
+
+    kernel, grid, arguments, options = _plan(problem, config)
+    if not isinstance(kernel, JITFunction):  # in Triton's interpreter
+
+        def interpret(*tensors):
+            kernel[grid](*tensors, *arguments, **options)
+
+        return Launch(interpret, problem, config, None)
+    # Not kernel[grid](*tensors, ...), which would find out on each call what
+    # it has to compile for: that takes longer than some kernels do.
+    compiled = kernel.warmup(*tensors, *arguments, grid=grid, **options)
+    if _is_capturing(problem.device) and compiled.module is None:
+        raise RuntimeError(
+            f'{problem.name} runs for the first time with these shapes, '
+            'strides and alignments of tensors, and a CUDA graph is being '
+            'captured, which forbids to load its kernel; run it once before '
+            'the capture'
+        )
+    run = compiled[grid]
+    given = len(tensors) + len(arguments)
+    rest = *arguments, *(options[name] for name in kernel.arg_names[given:])
+    return Launch(
+        lambda *tensors: run(*tensors, *rest), problem, config, compiled
+    )
+
+
 def _configs(problem):
     """The candidates, and what problems share the fastest of them."""
     kind = 'fp32' if problem.dtype == torch.float32 else '16 bit'
@@ -268,34 +340,43 @@ def _configs(problem):
     )
 
 
-def _fastest(configs, launch, repeats=20):
+def _time(problem, configs, tensors, rounds=3, repeats=20):
+    """Shortest milliseconds of each candidate that the GPU can run."""
     from triton.runtime.errors import OutOfResources
 
-    times = {}
+    runs = {}
     for config in configs:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         try:
-            launch(config)  # compiles
+            runs[config] = _load(problem, config, tensors).run
         except OutOfResources:  # a smaller GPU; the first fits all of them
             if config is configs[0]:
                 raise
-            continue
-        # The GPU waits until all are queued: not their launch is timed.
-        torch.cuda._sleep(2_000_000)
-        start.record()
-        for _ in range(repeats):
-            launch(config)
-        end.record()
-        end.synchronize()
-        times[config] = start.elapsed_time(end)
-    return min(times, key=times.get)
+    found = dict.fromkeys(runs, math.inf)
+    for _ in range(rounds):
+        for config, run in runs.items():
+            run(*tensors)  # warm up
+            start, end = (
+                torch.cuda.Event(enable_timing=True) for _ in range(2)
+            )
+            # The GPU waits until all are queued: not their launch is timed.
+            torch.cuda._sleep(2_000_000)
+            start.record()
+            for _ in range(repeats):
+                run(*tensors)
+            end.record()
+            end.synchronize()
+            elapsed = start.elapsed_time(end) / repeats
+            found[config] = min(found[config], elapsed)
+    return found
 
 
 def _fits(problem, config):
     """Whether the tile's weights and its band stay in registers."""
-    if not config.banded:
+    if config.way == 'plain':
         return True
     tile = _tile(problem, config)
+    if config.way == 'hoisted':
+        return tile['SUBPIXELS'] * tile['K'] ** 2 <= _HOISTED
     written = config.block_h * config.block_w
     gathers = problem.name == 'reassemble_grad_features'
     weights_of = tile['PATCH'] if gathers else written
@@ -313,10 +394,14 @@ def _tile(problem, config):
     taps, scale = problem.scores.shape[2:4]
     k = math.isqrt(taps)
     tile = {'K': k, 'S': scale, 'BLOCK_W': config.block_w}
-    if not config.banded:
-        tile['ROWS'] = problem.features.stride[3] == 1
+    if config.way != 'banded':
+        tile['ROWS'] = all(
+            view.stride[3] == 1
+            for view in (problem.features, problem.tensors[-1])
+        )
         # Bounds the accumulators: 4 for S=2, else a row of them up to 4.
         tile['SUBPIXELS'] = {1: 1, 2: 4, 3: 3, 4: 4}.get(scale, 1)
+        tile['HOISTED'] = config.way == 'hoisted'
         return tile
     tile.update(BLOCK_H=config.block_h, TAPS=_power_of_2(taps))
     tile['ALIGN'] = _alignment(problem.tensors)
@@ -334,7 +419,6 @@ def _tile(problem, config):
     return tile
 
 
-@functools.lru_cache(maxsize=4096)
 def _plan(problem, config):
     """Kernel, grid, arguments behind the tensors, and compile-time ones."""
     from mmcarafe.ops import triton_kernels as kernels
@@ -348,9 +432,9 @@ def _plan(problem, config):
     tile['BLOCK_C'] = max(16, min(config.block_c, _power_of_2(channels)))
 
     rows, columns = height, width
-    if config.banded and problem.name != 'reassemble_grad_features':
+    if config.way == 'banded' and problem.name != 'reassemble_grad_features':
         rows, columns = scale * height, scale * width
-    if config.banded:
+    if config.way == 'banded':
         kernel = getattr(kernels, f'{problem.name}_banded')
         programs = -(-rows // config.block_h) * -(-columns // config.block_w)
     else:
@@ -368,7 +452,7 @@ def _plan(problem, config):
         arguments.append(-(-blocks // shares))
         programs *= -(-blocks // arguments[-1])
     tile.update(num_warps=config.num_warps, num_stages=config.num_stages)
-    return kernel, (programs,), arguments, tile
+    return kernel, (programs, 1, 1), arguments, tile
 
 
 def _alignment(views):

@@ -36,13 +36,15 @@ def reassemble_plain(
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     SUBPIXELS: tl.constexpr,
+    HOISTED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """Write outputs with plain FMAs: BLOCK_W source pixels of SUBPIXELS each.
 
-    A loaded feature serves SUBPIXELS outputs; the weight of a tap is loaded
-    (and exponentiated) once per BLOCK_C channels.
+    A loaded feature serves SUBPIXELS outputs. HOISTED weights of a pixel stay
+    in registers, all of them, while its channels pass by; otherwise the weight
+    of a tap is loaded (and exponentiated) once per BLOCK_C channels.
     """
     pixels = H.to(INDEX) * W
     pid, block = _split(tl.program_id(0), tl.cdiv(pixels, BLOCK_W))
@@ -63,76 +65,148 @@ def reassemble_plain(
         x_offset = tl.max_contiguous(tl.multiple_of(x_offset, 1), 16)
     w_offset = h * ws[5] + w * ws[6]
 
-    starts, peaks, scales = (), (), ()  # of each subpixel: [BLOCK_W]
+    starts = ()  # of each subpixel
     for s in tl.static_range(SUBPIXELS):
         first = (part * SUBPIXELS + s).to(INDEX)
-        start = w_ptr + first // S * ws[3] + first % S * ws[4]
-        peak, scale = _peak_and_scale(
-            start, ws[2], w_offset, inside, h, w, H, W,
-            K, NORMALIZER, BORDER, INDEX,
-        )  # fmt: skip
-        starts, peaks, scales = (
-            starts + (start,),
-            peaks + (peak,),
-            scales + (scale,),
-        )
+        starts += (w_ptr + first // S * ws[3] + first % S * ws[4],)
+    if HOISTED:
+        weights = ()  # of each subpixel, all taps: [BLOCK_W]
+        for s in tl.static_range(SUBPIXELS):
+            weights += _load_weights(
+                starts[s], ws[2], w_offset, inside, h, w, H, W,
+                K, NORMALIZER, BORDER, INDEX,
+            )  # fmt: skip
+        R: tl.constexpr = K // 2
+        whole = inside & (h >= R) & (h < H - R) & (w >= R) & (w < W - R)
+        whole = (C % BLOCK_C == 0) & (tl.min(whole.to(tl.int32), 0) != 0)
+    else:
+        peaks, scales = (), ()  # of each subpixel: [BLOCK_W]
+        for s in tl.static_range(SUBPIXELS):
+            peak, scale = _peak_and_scale(
+                starts[s], ws[2], w_offset, inside, h, w, H, W,
+                K, NORMALIZER, BORDER, INDEX,
+            )  # fmt: skip
+            peaks, scales = peaks + (peak,), scales + (scale,)
 
     for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
         c = c_block + tl.arange(0, BLOCK_C).to(INDEX)  # [BLOCK_C]
         real = c < C
         x_tile = x_ptr + c[:, None] * xs[1] + x_offset[None, :]
-        sums = ()
-        for _ in tl.static_range(SUBPIXELS):
-            sums += (tl.zeros((BLOCK_C, BLOCK_W), tl.float32),)
-        for ky in range(K):
-            dy = ky - K // 2
-            row = inside & (h + dy >= 0) & (h + dy < H)
-            for kx in tl.static_range(K):
-                dx = kx - K // 2
-                there = row & (w + dx >= 0) & (w + dx < W)
-                x = tl.load(
-                    x_tile + (dy * xs[2] + dx * xs[3]),
-                    real[:, None] & there[None, :],
-                    other=0,
-                ).to(tl.float32)  # [BLOCK_C, BLOCK_W]
-                new = ()
-                for s in tl.static_range(SUBPIXELS):
-                    logit = _load_logit(
-                        starts[s], ws[2], w_offset, inside, ky, kx, h, w, H, W,
-                        K, BORDER, INDEX,
-                    )  # fmt: skip
-                    weight = _unscaled(logit, peaks[s], NORMALIZER)
-                    new += (sums[s] + x * weight[None, :],)
-                sums = new
-        if S == 2 and SUBPIXELS == 4:
-            # Both columns of a source pixel at once: whole sectors.
+        if HOISTED:
+            if whole:
+                sums = _sum_taps(
+                    x_tile, xs, weights, real, inside, h, w, H, W,
+                    K, SUBPIXELS, BLOCK_C, BLOCK_W, True,
+                )  # fmt: skip
+            else:
+                sums = _sum_taps(
+                    x_tile, xs, weights, real, inside, h, w, H, W,
+                    K, SUBPIXELS, BLOCK_C, BLOCK_W, False,
+                )  # fmt: skip
+        else:
+            sums = _zeros(SUBPIXELS, BLOCK_C, BLOCK_W)
+            for ky in range(K):
+                dy = ky - K // 2
+                row = inside & (h + dy >= 0) & (h + dy < H)
+                for kx in tl.static_range(K):
+                    dx = kx - K // 2
+                    there = row & (w + dx >= 0) & (w + dx < W)
+                    x = tl.load(
+                        x_tile + (dy * xs[2] + dx * xs[3]),
+                        real[:, None] & there[None, :],
+                        other=0,
+                    ).to(tl.float32)  # [BLOCK_C, BLOCK_W]
+                    new = ()
+                    for s in tl.static_range(SUBPIXELS):
+                        logit = _load_logit(
+                            starts[s], ws[2], w_offset, inside, ky, kx, h, w,
+                            H, W, K, BORDER, INDEX,
+                        )  # fmt: skip
+                        weight = _unscaled(logit, peaks[s], NORMALIZER)
+                        new += (sums[s] + x * weight[None, :],)
+                    sums = new
+            scaled = ()
+            for s in tl.static_range(SUBPIXELS):
+                scaled += (sums[s] * scales[s][None, :],)
+            sums = scaled
+        if ROWS and S == 2:
+            # Both columns of a source pixel at once: whole sectors. The
+            # divisions change nothing: they show the compiler pairs.
             q = tl.arange(0, 2 * BLOCK_W)
             p2 = block.to(INDEX) * BLOCK_W + q // 2
             x2 = p2 % W * 2 + q % 2
             mask = real[:, None] & (p2 < pixels)[None, :]
+            y_c, y_h = ys[1] // 2 * 2, ys[2] // 2 * 2
             for i in tl.static_range(2):
-                y = tl.interleave(
-                    sums[2 * i] * scales[2 * i][None, :],
-                    sums[2 * i + 1] * scales[2 * i + 1][None, :],
-                )  # [BLOCK_C, 2*BLOCK_W]
-                offset = (p2 // W * 2 + i) * ys[2] + x2 * ys[3]
+                y = tl.interleave(sums[2 * i], sums[2 * i + 1])
+                offset = (p2 // W * 2 + i) * y_h + x2
+                offset = tl.max_contiguous(tl.multiple_of(offset, 2), 2)
                 tl.store(
-                    y_ptr + c[:, None] * ys[1] + offset[None, :],
+                    y_ptr + c[:, None] * y_c + offset[None, :],
                     y.to(y_ptr.dtype.element_ty),
                     mask,
-                )
+                )  # [BLOCK_C, 2*BLOCK_W]
         else:
             mask = real[:, None] & inside[None, :]
             for s in tl.static_range(SUBPIXELS):
                 i = (part * SUBPIXELS + s) // S
                 j = (part * SUBPIXELS + s) % S
-                y = sums[s] * scales[s][None, :]  # [BLOCK_C, BLOCK_W]
                 offset = (h * S + i) * ys[2] + (w * S + j) * ys[3]
                 tl.store(
                     y_ptr + c[:, None] * ys[1] + offset[None, :],
-                    y.to(y_ptr.dtype.element_ty),
+                    sums[s].to(y_ptr.dtype.element_ty),
                     mask,
-                )
+                )  # [BLOCK_C, BLOCK_W]
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros += (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _sum_taps(
+    x_tile,
+    xs,
+    weights,
+    real,
+    inside,
+    h,
+    w,
+    H,
+    W,
+    K: tl.constexpr,
+    SUBPIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Sums [BLOCK_C, BLOCK_W] of each subpixel; WHOLE windows need no mask."""
+    sums = _zeros(SUBPIXELS, BLOCK_C, BLOCK_W)
+    for ky in tl.static_range(K):
+        dy = ky - K // 2
+        row = inside & (h + dy >= 0) & (h + dy < H)
+        x_row = x_tile + dy * xs[2]
+        for kx in tl.static_range(K):
+            dx = kx - K // 2
+            if WHOLE:
+                x = tl.load(x_row + dx * xs[3]).to(tl.float32)
+            else:
+                there = row & (w + dx >= 0) & (w + dx < W)
+                x = tl.load(
+                    x_row + dx * xs[3],
+                    real[:, None] & there[None, :],
+                    other=0,
+                ).to(tl.float32)  # [BLOCK_C, BLOCK_W]
+            new = ()
+            for s in tl.static_range(SUBPIXELS):
+                weight = weights[s * K * K + ky * K + kx]
+                new += (sums[s] + x * weight[None, :],)
+            sums = new
+    return sums
 
 
 # In the kernels below all weights of a tile form one matrix: it is zero
@@ -637,6 +711,52 @@ def _peak_and_scale(
             NORMALIZER == 'sigmoid' or NORMALIZER is None, 'unknown normalizer'
         )
     return peak, scale
+
+
+@triton.jit
+def _load_weights(
+    w_ptr,
+    tap_stride,
+    offset,
+    mask,
+    h,
+    w,
+    H,
+    W,
+    K: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """The normalised weights of all taps, each [BLOCK_W]."""
+    logits = ()
+    for ky in tl.static_range(K):
+        for kx in tl.static_range(K):
+            logit = _load_logit(
+                w_ptr, tap_stride, offset, mask, ky, kx, h, w, H, W,
+                K, BORDER, INDEX,
+            )  # fmt: skip
+            if NORMALIZER == 'sigmoid_normalized':
+                logit = _log_sigmoid(logit)
+            logits += (logit,)
+    weights = ()
+    if NORMALIZER == 'softmax' or NORMALIZER == 'sigmoid_normalized':
+        peak = logits[0]
+        for k in tl.static_range(1, K * K):
+            peak = tl.maximum(peak, logits[k])
+        unscaled, total = (), tl.zeros_like(peak)
+        for k in tl.static_range(K * K):
+            weight = tl.exp(logits[k] - peak)
+            unscaled, total = unscaled + (weight,), total + weight
+        for k in tl.static_range(K * K):
+            weights += (unscaled[k] * (1 / total),)
+    elif NORMALIZER == 'sigmoid':
+        for k in tl.static_range(K * K):
+            weights += (tl.sigmoid(logits[k]),)
+    else:
+        tl.static_assert(NORMALIZER is None, 'unknown normalizer')
+        weights = logits
+    return weights
 
 
 @triton.jit

@@ -240,6 +240,37 @@ def test_scores_outside_have_no_effect(name, value, device, dtype):
     assert torch.equal(clean, other)
 
 
+@pytest.mark.filterwarnings('ignore:invalid value encountered')  # by numpy
+@on_each_device(
+    [(*dtype, layout) for dtype in DTYPES for layout in (False, True)],
+    [(torch.float32, False), (torch.float16, True)],
+)
+@pytest.mark.parametrize('value', [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
+@for_each_operator
+def test_not_finite_where_the_reference_is_not(
+    name, options, value, device, dtype, channels_last
+):
+    """One value in one of the tensors, in the corner or amid the map."""
+    case = Case(1, 3, 4, 5, k=3)
+    *tensors, normalizer, border = problem(
+        case, options, 'logits', dtype, device, channels_last
+    )
+    args = arguments(name, *tensors, normalizer, border)
+    for spoilt, (y, x) in itertools.product(args[:-2], [(0, 0), (2, 2)]):
+        at = spoilt[0, 0] if spoilt.dim() == 4 else spoilt[0, 0, 0, 0, 0]
+        before = at[y, x].clone()
+        at[y, x] = value
+        got = getattr(kernels, name)(*args)
+        want = OPERATORS[name](*args)
+        at[y, x] = before
+        finite = want.isfinite()
+        assert torch.equal(got.isfinite(), finite)
+        torch.testing.assert_close(got[finite], want[finite])
+        assert finite.any()
+        assert spoilt is not args[0] or not finite.all()
+
+
 @on_each_device(DTYPES)
 def test_gradient_of_scores_outside_is_zero(device, dtype):
     """Of a renormalised border, though the other was called just before."""
@@ -259,7 +290,18 @@ def outside(scores):
     return reference.exclude_outside(finite, 'renormalize').isinf()
 
 
+# More than one tile in every direction, and block of channels. Widths of an
+# FPN's levels, which decide what is loaded as vectors, and an odd one.
+CANDIDATE_CASES = {
+    'odd': Case(1, 130, 5, 9, k=3),
+    'width 42': Case(1, 144, 5, 42),
+    'width 84': Case(1, 144, 5, 84),
+    'width 168': Case(1, 144, 5, 168),
+}
+
+
 @on_each_device([()])
+@pytest.mark.parametrize('case', CANDIDATE_CASES.values(), ids=CANDIDATE_CASES)
 @pytest.mark.parametrize(
     ('name', 'kind', 'config'),
     [
@@ -269,14 +311,13 @@ def outside(scores):
     ],
     ids=str,
 )
-def test_every_candidate(name, kind, config, device, monkeypatch):
+def test_every_candidate(name, kind, config, case, device, monkeypatch):
     monkeypatch.setitem(kernels.pinned, name, config)
     dtype = torch.float32 if 'fp32' in kind else torch.float16
-    # More than one tile and one block of channels in every direction.
-    size = (5, 9) if config.way == 'banded' else (2, 5)
-    case = Case(1, 130, *size, k=3), OPTIONS['softmax-zeros'], 'logits'
+    options = case, OPTIONS['softmax-zeros'], 'logits'
     check(
-        name, arguments(name, *problem(*case, dtype, device, 'NHWC' in kind))
+        name,
+        arguments(name, *problem(*options, dtype, device, 'NHWC' in kind)),
     )
 
 
@@ -503,10 +544,13 @@ def resources(kernel, path):
     ]
 
 
-def fpn_level(kind, channels_last):
-    """P3 to P2 of 800x1344 images, on a device without storage."""
+LEVELS = {'P3': (100, 168), 'P4': (50, 84), 'P5': (25, 42)}
+
+
+def fpn_level(kind, channels_last, level='P3'):
+    """Of 800x1344 images, to upsample, on a device without storage."""
     dtype = torch.float32 if 'fp32' in kind else torch.bfloat16
-    n, c, h, w, k, s = 8, 256, 100, 168, 5, 2
+    n, c, h, w, k, s = 8, 256, *LEVELS[level], 5, 2
     form = torch.channels_last if channels_last else torch.contiguous_format
 
     def empty(*shape):
@@ -529,20 +573,30 @@ TARGETS = {
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
-@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize(
+    ('capability', 'level'), [(80, 'P3'), *((90, level) for level in LEVELS)]
+)
 @pytest.mark.parametrize('channels_last', [False, True], ids=['NCHW', 'NHWC'])
 @pytest.mark.parametrize(('name', 'kind'), kernels._CANDIDATES, ids=str)
 def test_fast_paths_spill_no_registers(
-    name, kind, channels_last, capability, compile_for, tmp_path, monkeypatch
+    name,
+    kind,
+    channels_last,
+    capability,
+    level,
+    compile_for,
+    tmp_path,
+    monkeypatch,
 ):
-    if name == 'reassemble' and ('NHWC' in kind) != channels_last:
+    if ('NHWC' if not channels_last else 'NCHW') in kind:
         pytest.skip('candidates of the other memory format')
-    tensors = fpn_level(kind, channels_last)
+    tensors = fpn_level(kind, channels_last, level)
     first, *others = kernels._CANDIDATES[name, kind]
     runs = [(first, 'zeros')]
     # sm_80: the default alone, which every smaller GPU has to run.
     if capability == 90:
         runs += [(config, 'zeros') for config in others]
+    if capability == 90 and level == 'P3':
         runs += [(first, 'renormalize')]
     for config, border in runs:
         monkeypatch.setitem(kernels.pinned, name, config)
@@ -554,6 +608,8 @@ def test_fast_paths_spill_no_registers(
         assert stack == 0
         banded_16_bit = config.way == 'banded' and '16 bit' in kind
         assert ('mma' in kernel.asm['ptx']) == banded_16_bit
+        # The next block of channels is loaded while this one is multiplied.
+        assert ('cp.async' in kernel.asm['ptx']) == (config.way == 'banded')
 
 
 @needs_triton

@@ -112,14 +112,14 @@ _CANDIDATES = {
     ],
     ('reassemble', '16 bit NCHW'): [
         Config('banded', 64, 8, 8, 4),
-        Config('banded', 64, 8, 16, 4),
-        Config('banded', 64, 4, 32, 4),
+        Config('banded', 64, 8, 16, 4, 2),
+        Config('banded', 64, 4, 32, 4, 2),
         Config('banded', 64, 2, 16, 4),
     ],
     ('reassemble', '16 bit NHWC'): [
         Config('banded', 64, 8, 8, 4),
-        Config('banded', 64, 8, 16, 4),
-        Config('banded', 128, 8, 16, 8),
+        Config('banded', 64, 8, 16, 4, 2),
+        Config('banded', 128, 8, 16, 8, 2),
     ],
     ('reassemble_grad_features', 'fp32'): [
         Config('banded', 32, 4, 4, 4, 2),
@@ -127,18 +127,23 @@ _CANDIDATES = {
     ],
     ('reassemble_grad_features', '16 bit'): [
         Config('banded', 64, 4, 4, 4, 2),
-        Config('banded', 128, 4, 4, 4, 2),
         Config('banded', 128, 4, 4, 8, 2),
     ],
-    ('reassemble_grad_weights', 'fp32'): [
+    ('reassemble_grad_weights', 'fp32 NCHW'): [
+        Config('hoisted', 4, 1, 32, 4),
+        Config('hoisted', 2, 1, 64, 4),
+        Config('banded', 16, 2, 16, 4),
+        Config('banded', 32, 4, 16, 8),
+    ],
+    ('reassemble_grad_weights', 'fp32 NHWC'): [
         Config('banded', 16, 2, 16, 4),
         Config('banded', 32, 2, 16, 4),
         Config('banded', 32, 4, 16, 8),
     ],
     ('reassemble_grad_weights', '16 bit'): [
+        Config('banded', 64, 8, 8, 4),
         Config('banded', 64, 4, 16, 4),
         Config('banded', 64, 2, 16, 4),
-        Config('banded', 64, 8, 8, 4),
         Config('banded', 64, 8, 16, 8),
     ],
 }
@@ -326,9 +331,8 @@ def _load(problem, config, tensors):
 def _configs(problem):
     """The candidates, and what problems share the fastest of them."""
     kind = 'fp32' if problem.dtype == torch.float32 else '16 bit'
-    if problem.name == 'reassemble':
-        kind = f'{kind} {problem.layout}'
-    candidates = _CANDIDATES[problem.name, kind]
+    candidates = _CANDIDATES.get((problem.name, f'{kind} {problem.layout}'))
+    candidates = candidates or _CANDIDATES[problem.name, kind]
     configs = [c for c in candidates if _fits(problem, c)]
     n, *sizes, _, height, width = problem.scores.shape
     return configs or [_FALLBACK[problem.name]], (
@@ -376,7 +380,8 @@ def _fits(problem, config):
         return True
     tile = _tile(problem, config)
     if config.way == 'hoisted':
-        return tile['SUBPIXELS'] * tile['K'] ** 2 <= _HOISTED
+        pixels = tile.get('SUBPIXELS', tile['S'] ** 2)
+        return pixels * tile['K'] ** 2 <= _HOISTED
     written = config.block_h * config.block_w
     gathers = problem.name == 'reassemble_grad_features'
     weights_of = tile['PATCH'] if gathers else written
@@ -397,11 +402,13 @@ def _tile(problem, config):
     if config.way != 'banded':
         tile['ROWS'] = all(
             view.stride[3] == 1
-            for view in (problem.features, problem.tensors[-1])
+            for view in problem.tensors
+            if len(view.shape) == 4
         )
-        # Bounds the accumulators: 4 for S=2, else a row of them up to 4.
-        tile['SUBPIXELS'] = {1: 1, 2: 4, 3: 3, 4: 4}.get(scale, 1)
-        tile['HOISTED'] = config.way == 'hoisted'
+        if problem.name == 'reassemble':
+            tile['HOISTED'] = config.way == 'hoisted'
+            # Bounds the accumulators: 4 for S=2, else a row of them up to 4.
+            tile['SUBPIXELS'] = {1: 1, 2: 4, 3: 3, 4: 4}.get(scale, 1)
         return tile
     tile.update(BLOCK_H=config.block_h, TAPS=_power_of_2(taps))
     tile['ALIGN'] = _alignment(problem.tensors)
@@ -429,7 +436,9 @@ def _plan(problem, config):
     tile.update(NORMALIZER=problem.normalizer, BORDER=problem.border)
     wide = _largest_offset(problem.tensors) >= 2**31
     tile['INDEX'] = kernels.index_dtype(wide)
-    tile['BLOCK_C'] = max(16, min(config.block_c, _power_of_2(channels)))
+    # The tensor cores take 16 channels at least.
+    least = 1 if config.way == 'hoisted' else 16
+    tile['BLOCK_C'] = max(least, min(config.block_c, _power_of_2(channels)))
 
     rows, columns = height, width
     if config.way == 'banded' and problem.name != 'reassemble_grad_features':
@@ -439,8 +448,10 @@ def _plan(problem, config):
         programs = -(-rows // config.block_h) * -(-columns // config.block_w)
     else:
         kernel = kernels.reassemble_plain
+        if problem.name == 'reassemble_grad_weights':
+            kernel = kernels.reassemble_grad_weights_hoisted
         programs = -(-rows * columns // config.block_w)
-        programs *= scale**2 // tile['SUBPIXELS']
+        programs *= scale**2 // tile.get('SUBPIXELS', scale**2)
     programs *= n * groups
     arguments = [view.stride for view in problem.tensors]
     arguments += [channels, height, width, groups]

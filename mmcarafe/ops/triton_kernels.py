@@ -70,10 +70,12 @@ def reassemble_plain(
         first = (part * SUBPIXELS + s).to(INDEX)
         starts += (w_ptr + first // S * ws[3] + first % S * ws[4],)
     if HOISTED:
-        weights = ()  # of each subpixel, all taps: [BLOCK_W]
+        # Two dimensions from the start: the compiler is faster then.
+        row = inside[None, :], h[None, :], w[None, :]
+        weights = ()  # of each subpixel, all taps: [1, BLOCK_W]
         for s in tl.static_range(SUBPIXELS):
             weights += _load_weights(
-                starts[s], ws[2], w_offset, inside, h, w, H, W,
+                starts[s], ws[2], w_offset[None, :], *row, H, W,
                 K, NORMALIZER, BORDER, INDEX,
             )  # fmt: skip
         R: tl.constexpr = K // 2
@@ -95,12 +97,12 @@ def reassemble_plain(
         if HOISTED:
             if whole:
                 sums = _sum_taps(
-                    x_tile, xs, weights, real, inside, h, w, H, W,
+                    x_tile, xs, weights, real[:, None], *row, H, W,
                     K, SUBPIXELS, BLOCK_C, BLOCK_W, True,
                 )  # fmt: skip
             else:
                 sums = _sum_taps(
-                    x_tile, xs, weights, real, inside, h, w, H, W,
+                    x_tile, xs, weights, real[:, None], *row, H, W,
                     K, SUBPIXELS, BLOCK_C, BLOCK_W, False,
                 )  # fmt: skip
         else:
@@ -120,7 +122,7 @@ def reassemble_plain(
                     for s in tl.static_range(SUBPIXELS):
                         logit = _load_logit(
                             starts[s], ws[2], w_offset, inside, ky, kx, h, w,
-                            H, W, K, BORDER, INDEX,
+                            H, W, K, NORMALIZER, BORDER, INDEX,
                         )  # fmt: skip
                         weight = _unscaled(logit, peaks[s], NORMALIZER)
                         new += (sums[s] + x * weight[None, :],)
@@ -198,15 +200,189 @@ def _sum_taps(
                 there = row & (w + dx >= 0) & (w + dx < W)
                 x = tl.load(
                     x_row + dx * xs[3],
-                    real[:, None] & there[None, :],
+                    real & there,
                     other=0,
                 ).to(tl.float32)  # [BLOCK_C, BLOCK_W]
             new = ()
             for s in tl.static_range(SUBPIXELS):
-                weight = weights[s * K * K + ky * K + kx]
-                new += (sums[s] + x * weight[None, :],)
+                new += (sums[s] + x * weights[s * K * K + ky * K + kx],)
             sums = new
     return sums
+
+
+@triton.jit(do_not_specialize=['H', 'W'])
+def reassemble_grad_weights_hoisted(
+    y_ptr,
+    x_ptr,
+    w_ptr,
+    grad_ptr,
+    ys,
+    xs,
+    ws,
+    grads,
+    C,
+    H,
+    W,
+    G,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
+    INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Write all taps of BLOCK_W source pixels, with plain FMAs.
+
+    The sums of a pixel stay in registers, all K*K*S*S of them, while its
+    channels pass by, BLOCK_C at a time.
+    """
+    pixels = H.to(INDEX) * W
+    pid, block = _split(tl.program_id(0), tl.cdiv(pixels, BLOCK_W))
+    n, g = _split(pid, G)
+    x_ptr += n.to(tl.int64) * xs[0] + (g * C).to(tl.int64) * xs[1]
+    y_ptr += n.to(tl.int64) * ys[0] + (g * C).to(tl.int64) * ys[1]
+    w_ptr += n.to(tl.int64) * ws[0] + g.to(tl.int64) * ws[1]
+    grad_ptr += n.to(tl.int64) * grads[0] + g.to(tl.int64) * grads[1]
+
+    p = (block.to(INDEX) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
+    inside = p < pixels  # [1, BLOCK_W]
+    h, w = p // W, p % W
+    x_offset = h * xs[2] + w * xs[3]
+    if ROWS:
+        x_offset = tl.max_contiguous(tl.multiple_of(x_offset, (1, 1)), (1, 16))
+    y_offset = h * S * ys[2] + w * S * ys[3]
+    R: tl.constexpr = K // 2
+    whole = inside & (h >= R) & (h < H - R) & (w >= R) & (w < W - R)
+    whole = (C % BLOCK_C == 0) & (tl.min(whole.to(tl.int32)) != 0)
+
+    sums = _zeros(K * K * S * S, BLOCK_C, BLOCK_W)
+    for c_block in range(0, C, BLOCK_C):
+        c = c_block + tl.arange(0, BLOCK_C).to(INDEX)[:, None]
+        real = c < C
+        x_tile = x_ptr + c * xs[1] + x_offset
+        y_tile = y_ptr + c * ys[1] + y_offset
+        y = ()  # of each subpixel: [BLOCK_C, BLOCK_W]
+        for s in tl.static_range(S * S):
+            offset = s // S * ys[2] + s % S * ys[3]
+            one = tl.load(y_tile + offset, real & inside, other=0)
+            y += (one.to(tl.float32),)
+        if whole:
+            sums = _add_taps(
+                sums,
+                y,
+                x_tile,
+                xs,
+                real,
+                inside,
+                h,
+                w,
+                H,
+                W,
+                K,
+                S * S,
+                True,
+            )
+        else:
+            sums = _add_taps(
+                sums,
+                y,
+                x_tile,
+                xs,
+                real,
+                inside,
+                h,
+                w,
+                H,
+                W,
+                K,
+                S * S,
+                False,
+            )
+
+    w_offset = h * ws[5] + w * ws[6]
+    grad_offset = h * grads[5] + w * grads[6]
+    for s in tl.static_range(S * S):
+        start = w_ptr + s // S * ws[3] + s % S * ws[4]
+        grad = ()  # of all taps: [1, BLOCK_W]
+        for k in tl.static_range(K * K):
+            total = tl.sum(sums[k * S * S + s], 0)[None, :]
+            if NORMALIZER is None or NORMALIZER == 'sigmoid':  # _load_logit
+                near_h, near_w = h + (k // K - K // 2), w + (k % K - K // 2)
+                total = tl.where(_is_inside(near_h, near_w, H, W), total, 0)
+            grad += (total,)
+        if NORMALIZER == 'softmax' or NORMALIZER == 'sigmoid_normalized':
+            weights = _load_weights(
+                start, ws[2], w_offset, inside, h, w, H, W,
+                K, NORMALIZER, BORDER, INDEX,
+            )  # fmt: skip
+            mean = tl.zeros_like(weights[0])
+            for k in tl.static_range(K * K):
+                mean += weights[k] * grad[k]
+        for k in tl.static_range(K * K):
+            value = grad[k]
+            if NORMALIZER == 'softmax' or NORMALIZER == 'sigmoid_normalized':
+                value = weights[k] * (value - mean)
+            if NORMALIZER == 'sigmoid_normalized':
+                logit = _load_logit(
+                    start, ws[2], w_offset, inside, k // K, k % K, h, w, H, W,
+                    K, NORMALIZER, BORDER, INDEX,
+                )  # fmt: skip
+                value *= tl.sigmoid(-logit)
+            elif NORMALIZER == 'sigmoid':
+                tap = tl.cast(k, INDEX)
+                logit = tl.load(start + tap * ws[2] + w_offset, inside, 0)
+                weight = tl.sigmoid(logit.to(tl.float32))
+                value *= weight * (1 - weight)
+            else:
+                tl.static_assert(
+                    NORMALIZER == 'softmax' or NORMALIZER is None,
+                    'unknown normalizer',
+                )
+            tap = tl.cast(k, INDEX)
+            tl.store(
+                grad_ptr
+                + (s // S * grads[3] + s % S * grads[4] + tap * grads[2])
+                + grad_offset,
+                value.to(grad_ptr.dtype.element_ty),
+                inside,
+            )
+
+
+@triton.jit
+def _add_taps(
+    sums,
+    ys,
+    x_tile,
+    xs,
+    real,
+    inside,
+    h,
+    w,
+    H,
+    W,
+    K: tl.constexpr,
+    SUBPIXELS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Add x * y for each tap and subpixel; WHOLE windows need no mask."""
+    new = ()
+    for ky in tl.static_range(K):
+        dy = ky - K // 2
+        row = inside & (h + dy >= 0) & (h + dy < H)
+        x_row = x_tile + dy * xs[2]
+        for kx in tl.static_range(K):
+            dx = kx - K // 2
+            if WHOLE:
+                x = tl.load(x_row + dx * xs[3]).to(tl.float32)
+            else:
+                there = row & (w + dx >= 0) & (w + dx < W)
+                x = tl.load(x_row + dx * xs[3], real & there, other=0)
+                x = x.to(tl.float32)  # [BLOCK_C, BLOCK_W]
+            for s in tl.static_range(SUBPIXELS):
+                new += (sums[(ky * K + kx) * SUBPIXELS + s] + x * ys[s],)
+    return new
 
 
 # In the kernels below all weights of a tile form one matrix: it is zero
@@ -276,11 +452,16 @@ def reassemble_banded(
         None, :
     ]  # [PATCH, M]
     kx = (tl.arange(0, PATCH) % PATCH_W)[:, None] - at_w[None, :]
-    band, rest = _halves(_pick(weights, ky, kx, K, TAPS), x_ptr)  # [PATCH, M]
+    band = _pick(weights, ky, kx, K, TAPS)  # [PATCH, M]
+    if NORMALIZER is None or NORMALIZER == 'sigmoid':  # as in _load_logit
+        band = tl.where(read[:, None], band, 0)
+    band, rest = _halves(band, x_ptr)
 
     x_offset = h * x_h + w * xs[3]
     y_offset = oy * y_h + ox * ys[3]
-    for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
+    end = min(c0 + BLOCKS * BLOCK_C, C)
+    spoilt = tl.zeros((BLOCK_C,), tl.float32)
+    for c_block in range(c0, end, BLOCK_C):
         c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
         x = tl.load(
             x_ptr + c[:, None] * x_c + x_offset[None, :],
@@ -289,8 +470,81 @@ def reassemble_banded(
         )  # [BLOCK_C, PATCH]
         y = tl.zeros((BLOCK_C, M), tl.float32)
         y = _dot(x, band, rest, y, NORMALIZER)
+        spoilt += tl.sum(y * 0, 1)
         tl.store(
             y_ptr + c[:, None] * y_c + y_offset[None, :],
+            y.to(y_ptr.dtype.element_ty),
+            (c < C)[:, None] & written[None, :],
+        )
+    if tl.sum(spoilt, 0) != 0:  # NaN
+        _rewrite(
+            x_ptr, w_ptr, y_ptr, xs, ws, ys, block_h, block_w, c0, end,
+            C, H, W, K, S, NORMALIZER, BORDER, INDEX, BLOCK_H, BLOCK_W,
+        )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def _rewrite(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    xs,
+    ws,
+    ys,
+    block_h,
+    block_w,
+    c0,
+    end,
+    C,
+    H,
+    W,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Write outputs (oy, ox) [M] again, each from its own window alone.
+
+    A feature that is not finite makes every product with it not finite, also
+    those with the zeros of a band.
+    """
+    BLOCK_C: tl.constexpr = 16
+    M: tl.constexpr = BLOCK_H * BLOCK_W
+    m = tl.arange(0, M).to(INDEX)
+    oy, ox = block_h * BLOCK_H + m // BLOCK_W, block_w * BLOCK_W + m % BLOCK_W
+    written = (oy < S * H) & (ox < S * W)  # [M]
+    h, w = oy // S, ox // S
+    start = w_ptr + (oy % S) * ws[3] + (ox % S) * ws[4]
+    w_offset = h * ws[5] + w * ws[6]
+    peak, scale = _peak_and_scale(
+        start, ws[2], w_offset, written, h, w, H, W,
+        K, NORMALIZER, BORDER, INDEX,
+    )  # fmt: skip
+    for c_block in range(c0, end, BLOCK_C):
+        c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
+        y = tl.zeros((BLOCK_C, M), tl.float32)
+        for k in range(K * K):
+            ky, kx = k // K, k % K
+            near_h, near_w = h + (ky - K // 2), w + (kx - K // 2)
+            there = written & _is_inside(near_h, near_w, H, W)
+            offset = near_h * xs[2] + near_w * xs[3]
+            x = tl.load(
+                x_ptr + c[:, None] * xs[1] + offset[None, :],
+                (c < C)[:, None] & there[None, :],
+                other=0,
+            ).to(tl.float32)  # [BLOCK_C, M]
+            logit = _load_logit(
+                start, ws[2], w_offset, written, ky, kx, h, w, H, W,
+                K, NORMALIZER, BORDER, INDEX,
+            )  # fmt: skip
+            weight = _unscaled(logit, peak, NORMALIZER) * scale
+            y += x * weight[None, :]
+        y_offset = oy * ys[2] + ox * ys[3]
+        tl.store(
+            y_ptr + c[:, None] * ys[1] + y_offset[None, :],
             y.to(y_ptr.dtype.element_ty),
             (c < C)[:, None] & written[None, :],
         )
@@ -350,7 +604,9 @@ def reassemble_grad_features_banded(
             BLOCK_H, BLOCK_W, PATCH,
         )  # fmt: skip
         band, rest = _halves(band, y_ptr)
-    for c_block in range(c0, min(c0 + BLOCKS * BLOCK_C, C), BLOCK_C):
+    end = min(c0 + BLOCKS * BLOCK_C, C)
+    spoilt = tl.zeros((BLOCK_C,), tl.float32)
+    for c_block in range(c0, end, BLOCK_C):
         c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
         y_tile = y_ptr + c[:, None] * y_c
         x = tl.zeros((BLOCK_C, M), tl.float32)
@@ -368,8 +624,82 @@ def reassemble_grad_features_banded(
                 other=0,
             )  # [BLOCK_C, PATCH]
             x = _dot(y, band, rest, x, NORMALIZER)
+        spoilt += tl.sum(x * 0, 1)
         tl.store(
             x_ptr + c[:, None] * x_c + (h * x_h + w * xs[3])[None, :],
+            x.to(x_ptr.dtype.element_ty),
+            (c < C)[:, None] & written[None, :],
+        )
+    if tl.sum(spoilt, 0) != 0:  # NaN
+        _rewrite_grad_features(
+            y_ptr, w_ptr, x_ptr, ys, ws, xs, block_h, block_w, c0, end,
+            C, H, W, K, S, NORMALIZER, BORDER, INDEX,
+            BLOCK_C, BLOCK_H, BLOCK_W,
+        )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def _rewrite_grad_features(
+    y_ptr,
+    w_ptr,
+    x_ptr,
+    ys,
+    ws,
+    xs,
+    block_h,
+    block_w,
+    c0,
+    end,
+    C,
+    H,
+    W,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    BORDER: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Write source pixels (h, w) [M] again, as ``_rewrite`` does outputs.
+
+    Slow, because each tap belongs to another pixel, whose weights are
+    normalised for it.
+    """
+    M: tl.constexpr = BLOCK_H * BLOCK_W
+    m = tl.arange(0, M).to(INDEX)
+    h, w = block_h * BLOCK_H + m // BLOCK_W, block_w * BLOCK_W + m % BLOCK_W
+    written = (h < H) & (w < W)  # [M]
+    for c_block in range(c0, end, BLOCK_C):
+        c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
+        x = tl.zeros((BLOCK_C, M), tl.float32)
+        for k in range(K * K):
+            ky, kx = k // K, k % K
+            from_h, from_w = h - (ky - K // 2), w - (kx - K // 2)
+            there = written & _is_inside(from_h, from_w, H, W)
+            w_offset = from_h * ws[5] + from_w * ws[6]
+            for s in range(S * S):
+                start = w_ptr + (s // S) * ws[3] + (s % S) * ws[4]
+                peak, scale = _peak_and_scale(
+                    start, ws[2], w_offset, there, from_h, from_w, H, W,
+                    K, NORMALIZER, BORDER, INDEX,
+                )  # fmt: skip
+                logit = _load_logit(
+                    start, ws[2], w_offset, there, ky, kx, from_h, from_w,
+                    H, W, K, NORMALIZER, BORDER, INDEX,
+                )  # fmt: skip
+                weight = _unscaled(logit, peak, NORMALIZER) * scale
+                offset = (from_h * S + s // S) * ys[2]
+                offset += (from_w * S + s % S) * ys[3]
+                y = tl.load(
+                    y_ptr + c[:, None] * ys[1] + offset[None, :],
+                    (c < C)[:, None] & there[None, :],
+                    other=0,
+                ).to(tl.float32)  # [BLOCK_C, M]
+                x += y * weight[None, :]
+        tl.store(
+            x_ptr + c[:, None] * xs[1] + (h * xs[2] + w * xs[3])[None, :],
             x.to(x_ptr.dtype.element_ty),
             (c < C)[:, None] & written[None, :],
         )
@@ -493,6 +823,14 @@ def reassemble_grad_weights_banded(
     at_h, at_w = _source_in_patch(block_h, block_w, S, BLOCK_H, BLOCK_W)
     at = (k // K * PATCH_W + k % K)[:, None] + (at_h * PATCH_W + at_w)[None, :]
     grad = tl.gather(band, tl.where(taps[:, None], at, 0), 0)  # [TAPS, M]
+    if NORMALIZER is None or NORMALIZER == 'sigmoid':  # as in _load_logit
+        inside = _is_inside(
+            (oy // S)[None, :] + (k // K - K // 2)[:, None],
+            (ox // S)[None, :] + (k % K - K // 2)[:, None],
+            H,
+            W,
+        )
+        grad = tl.where(inside, grad, 0)
     if NORMALIZER is not None:
         logits = _load_logits(
             w_ptr, ws, oy, ox, written, H, W, K, S, BORDER, INDEX, TAPS
@@ -637,7 +975,8 @@ def _normalize(
             logits = _log_sigmoid(logits)
         logits = tl.where(real, logits, float('-inf'))
         logits = tl.exp(logits - tl.max(logits, 0)[None, :])
-        logits = logits / tl.sum(logits, 0)[None, :]
+        # If a logit is NaN, the padding is too.
+        logits = tl.where(real, logits / tl.sum(logits, 0)[None, :], 0)
     else:
         tl.static_assert(NORMALIZER is None, 'unknown normalizer')
     return logits
@@ -692,7 +1031,7 @@ def _peak_and_scale(
             for kx in tl.static_range(K):
                 logit = _load_logit(
                     w_ptr, tap_stride, offset, mask, ky, kx, h, w, H, W,
-                    K, BORDER, INDEX,
+                    K, NORMALIZER, BORDER, INDEX,
                 )  # fmt: skip
                 if NORMALIZER == 'sigmoid_normalized':
                     logit = _log_sigmoid(logit)
@@ -702,7 +1041,7 @@ def _peak_and_scale(
             for kx in tl.static_range(K):
                 logit = _load_logit(
                     w_ptr, tap_stride, offset, mask, ky, kx, h, w, H, W,
-                    K, BORDER, INDEX,
+                    K, NORMALIZER, BORDER, INDEX,
                 )  # fmt: skip
                 total += _unscaled(logit, peak, NORMALIZER)
         scale = 1 / total
@@ -734,7 +1073,7 @@ def _load_weights(
         for kx in tl.static_range(K):
             logit = _load_logit(
                 w_ptr, tap_stride, offset, mask, ky, kx, h, w, H, W,
-                K, BORDER, INDEX,
+                K, NORMALIZER, BORDER, INDEX,
             )  # fmt: skip
             if NORMALIZER == 'sigmoid_normalized':
                 logit = _log_sigmoid(logit)
@@ -772,12 +1111,16 @@ def _load_logit(
     H,
     W,
     K: tl.constexpr,
+    NORMALIZER: tl.constexpr,
     BORDER: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """One tap [BLOCK_W] of source pixels (h, w); see ``_load_logits``."""
+    """One tap of source pixels (h, w); see ``_load_logits``."""
     other = 0
-    if BORDER == 'renormalize':
+    if NORMALIZER is None or NORMALIZER == 'sigmoid':
+        # A tap outside reads zero: nothing, even if its weight is infinite.
+        mask &= _is_inside(h + (ky - K // 2), w + (kx - K // 2), H, W)
+    elif BORDER == 'renormalize':
         # Pixels beyond the map keep their zeros: minus infinity from minus
         # infinity is NaN, of which the interpreter warns.
         other = tl.where(mask, float('-inf'), 0)

@@ -19,12 +19,15 @@ methods include all of their convolutions.
 On a CPU, the report also says how many multiply-adds a second a convolution
 reaches: processors of one name differ in the width of their arithmetic.
 
-On a GPU (``--device cuda``) there are more methods to compare with; see
-gpu_baselines.py. mmcv's own operator is measured if mmcv is installed with its
-CUDA operators, or with ``--mmcv-src``, the folder of an unpacked release.
-A method that fails is reported as failed, and the others are measured.
-Small maps stay in the GPU's cache from one run to the next; so does the copy
-that the methods are compared with there.
+On a GPU (``--device cuda``) each method is timed twice: eagerly, which for
+small maps is the time that the CPU takes to launch it, and replayed as a CUDA
+graph, which is the GPU's own. The report lists with what CARAFE's kernels were
+launched. There are more methods to compare with; see gpu_baselines.py. mmcv's
+own operator is measured if mmcv is installed with its CUDA operators, or with
+``--mmcv-src``, the folder of an unpacked release. A method that fails is
+reported as failed, and the others are measured. Small maps stay in the GPU's
+cache from one run to the next; so does the copy that the methods are compared
+with there.
 """
 
 import argparse
@@ -35,7 +38,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tools'))
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 
 import gpu_baselines  # noqa: E402
 import torch  # noqa: E402
@@ -52,7 +55,11 @@ from _measure import (  # noqa: E402
     measure_pass,
 )
 
-from mmcarafe.ops import carafe_from_logits, reference  # noqa: E402
+from mmcarafe.ops import (  # noqa: E402
+    carafe_from_logits,
+    reference,
+    triton,
+)
 from mmcarafe.upsamplers import (  # noqa: E402
     CARAFE,
     COMPARED,
@@ -155,7 +162,7 @@ def measure(
 ):
     """Median seconds, peak and kept bytes of every method in every pass.
 
-    Or of those chosen, by their names.
+    Or of those chosen, by their names. On a GPU in every mode, too.
 
     A method that fails has an error instead.
     """
@@ -172,11 +179,14 @@ def measure(
                 if name in chosen
             }
         floor = {}
-        if device.type == 'cuda':
+        on_gpu = device.type == 'cuda'
+        if on_gpu:
             floor[COPY] = gpu_baselines.copy_floor(
                 features, KERNEL_SIZE, pass_name != 'forward'
             )
-        results += measure_pass(compared, pass_name, device, budget, floor)
+        results += measure_pass(
+            compared, pass_name, device, budget, floor, with_graphs=on_gpu
+        )
     return results
 
 
@@ -185,12 +195,11 @@ def table(report):
     methods = {r['method'] for r in results}
     baseline = COPY if COPY in methods else 'bilinear'
     lines = [conditions(report, 'x2', f'K = {KERNEL_SIZE}')]
-    for pass_name in PASSES:
-        here = [r for r in results if r['pass'] == pass_name]
+    for title, here in panels(results).items():
         shapes = list(dict.fromkeys(r['shape'] for r in here))
         lines += [
             '',
-            f'{pass_name}: median milliseconds, times those of {baseline}, '
+            f'{title}: median milliseconds, times those of {baseline}, '
             'peak MB',
             '',
             '| | ' + ' | '.join(shapes) + ' |',
@@ -204,13 +213,46 @@ def table(report):
                 if 'seconds' not in r:
                     row.append('failed' if 'error' in r else '')
                     continue
-                cell = f'{r["seconds"] * 1e3:.3g} ms, '
+                cell = [f'{r["seconds"] * 1e3:.3g} ms']
                 divisor = cells.get((baseline, shape), {}).get('seconds')
                 if divisor:
-                    cell += f'{r["seconds"] / divisor:.2f}×, '
-                row.append(cell + f'{r["peak_bytes"] / 1e6:.0f} MB')
+                    cell.append(f'{r["seconds"] / divisor:.2f}×')
+                if r['peak_bytes'] is not None:
+                    cell.append(f'{r["peak_bytes"] / 1e6:.0f} MB')
+                row.append(', '.join(cell))
             lines.append(f'| {method} | ' + ' | '.join(row) + ' |')
+    if report.get('kernels'):
+        lines += ['', 'CARAFE was launched with', '']
+        lines += [f'- {describe_launch(each)}' for each in report['kernels']]
     return '\n'.join(lines) + '\n'
+
+
+def panels(results):
+    """Title -> results: those of a pass, on a GPU in a mode."""
+    found = {}
+    modes = {'eager': ', eager', 'graph': ', CUDA graph', None: ''}
+    for pass_name in PASSES:
+        for mode, title in modes.items():
+            here = [
+                r
+                for r in results
+                if (r['pass'], r.get('mode')) == (pass_name, mode)
+            ]
+            if here:
+                found[pass_name + title] = here
+    return found
+
+
+def describe_launch(launch):
+    """One line of what :func:`mmcarafe.ops.triton.launched` says."""
+    candidate = ', '.join(f'{k} {v}' for k, v in launch['candidate'].items())
+    shape = '×'.join(map(str, launch['shape']))
+    return (
+        f'{launch["operator"]}, {launch["dtype"]} {launch["layout"]} {shape}, '
+        f'{launch["normalizer"]}, {launch["border"]}: {candidate}; '
+        f'{launch["registers"]} registers, {launch["spills"]} spilled, '
+        f'{launch["shared_bytes"]} bytes of shared memory'
+    )
 
 
 def colours(names):
@@ -242,17 +284,20 @@ def plot(report, path):
     results = [r for r in report['results'] if 'seconds' in r]
     colour_of = colours(dict.fromkeys(r['method'] for r in results))
     shapes = list(dict.fromkeys(r['shape'] for r in results))
+    parts = panels(results)
     figure, axes = plt.subplots(
-        2, 1, figsize=(11, 8), sharex=True, layout='constrained'
+        len(parts),
+        1,
+        figsize=(11, 4 * len(parts)),
+        sharex=True,
+        squeeze=False,
+        layout='constrained',
     )
+    axes = axes[:, 0]
     width = 0.9 / len(colour_of)
-    for axis, pass_name in zip(axes, PASSES):
+    for axis, (title, panel) in zip(axes, parts.items()):
         for i, (name, colour) in enumerate(colour_of.items()):
-            here = [
-                r
-                for r in results
-                if r['method'] == name and r['pass'] == pass_name
-            ]
+            here = [r for r in panel if r['method'] == name]
             aside = (i - (len(colour_of) - 1) / 2) * width
             axis.bar(
                 [shapes.index(r['shape']) + aside for r in here],
@@ -263,7 +308,7 @@ def plot(report, path):
             )
         axis.set_yscale('log')
         axis.set_ylabel('milliseconds')
-        axis.set_title(pass_name)
+        axis.set_title(title)
         axis.set_xticks(range(len(shapes)), shapes)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
@@ -353,11 +398,14 @@ def main():
         else 'contiguous',
         'results': [],
     }
-    if not on_gpu:
+    if on_gpu:
+        report['kernels'] = []
+    else:
         report['environment']['fma_per_second'] = fma_rate()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.shapes or shapes:
         print(f'measuring {name}', flush=True)
+        before = triton.launched()
         results = measure(
             shapes[name],
             getattr(torch, args.dtype),
@@ -370,6 +418,10 @@ def main():
             args.methods,
         )
         report['results'] += [{'shape': name, **r} for r in results]
+        if on_gpu:
+            report['kernels'] += [
+                x for x in triton.launched() if x not in before
+            ]
         # After each shape: a crash loses no finished work.
         text = json.dumps(report, indent=1)
         (args.out / 'results.json').write_text(text + '\n')

@@ -1,6 +1,8 @@
 """All methods that the benchmark compares agree, also those for GPUs only."""
 
 import colorsys
+import contextlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -170,6 +172,194 @@ def test_a_method_that_fails(name, bench_op, monkeypatch, capsys, tmp_path):
     assert (tmp_path / 'plot.png').exists()
     written = f'written: {tmp_path}/results.json, table.md and plot.png'
     assert written in printed.splitlines()
+
+
+@pytest.fixture
+def pretended_gpu(bench_op, monkeypatch):
+    """On it, a call takes a second; a graph of 2 calls half of one each."""
+    import fake_gpu
+
+    for fake in fake_gpu.FAKES:
+        monkeypatch.setattr(*fake)
+    return torch.device('cuda')
+
+
+def test_each_mode_of_a_gpu(bench_op, pretended_gpu, tmp_path):
+    """A method that cannot be captured costs the others nothing."""
+
+    def waits(x):
+        torch.cuda.synchronize()  # refused in a capture
+        return x * 1
+
+    methods = {
+        'waits': (waits, [torch.ones(3)]),
+        'bilinear': (torch.exp, [torch.ones(3)]),
+    }
+    results = []
+    for pass_name in bench_op.PASSES:
+        results += bench_op.measure_pass(
+            methods, pass_name, pretended_gpu, 0, with_graphs=True
+        )
+    found = {(r['method'], r['pass'], r['mode']): r for r in results}
+    assert len(found) == len(results) == 2 * 2 * 2
+    for (method, _, mode), r in found.items():
+        failed = (method, mode) == ('waits', 'graph')
+        assert ('error' in r, 'seconds' in r) == (failed, not failed)
+        if failed:
+            assert 'not permitted when capturing' in r['error']
+        else:
+            assert r['seconds'] == 1
+            assert r['peak_bytes'] == (None if mode == 'graph' else 0)
+    launch = {
+        **dict.fromkeys(('operator', 'normalizer', 'border', 'layout'), 'x'),
+        'dtype': 'bfloat16',
+        'shape': [8, 256],
+        'candidate': {'way': 'banded', 'block_c': 64},
+        **{'registers': 128, 'spills': 0, 'shared_bytes': 1024},
+    }
+    report = {
+        'environment': bench_op.environment(torch.device('cpu')),
+        'dtype': 'float32',
+        'memory_format': 'contiguous',
+        'results': [{'shape': 'small', **r} for r in results],
+        'kernels': [launch],
+    }
+    table = bench_op.table(report)
+    for pass_name in bench_op.PASSES:
+        eager, replayed = (
+            table.split(f'{pass_name}, {mode}: median')[1].split('\n\n')[1]
+            for mode in ('eager', 'CUDA graph')
+        )
+        assert '| waits | 1e+03 ms, 1.00×, 0 MB |' in eager
+        assert '| waits | failed |' in replayed
+        assert '| bilinear | 1e+03 ms, 1.00× |' in replayed
+    assert 'bfloat16 x 8×256, x, x: way banded, block_c 64; 128' in table
+    bench_op.plot(report, tmp_path / 'plot.png')
+    assert (tmp_path / 'plot.png').stat().st_size > 10_000
+
+
+def test_a_broken_capture_leaves_nothing_behind(
+    bench_op, pretended_gpu, monkeypatch
+):
+    """As torch does, where an operation is not allowed in a capture."""
+    from _measure import Graphs
+
+    current, random_numbers_work, broken_pools = ['default'], True, []
+
+    @contextlib.contextmanager
+    def stream(new):
+        old, current[0] = current[0], new
+        try:
+            yield
+        finally:
+            current[0] = old
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream):
+        nonlocal random_numbers_work
+        assert pool not in broken_pools, 'already recording to it'
+        random_numbers_work = False
+        old, current[0] = current[0], stream
+        try:
+            yield
+        except Exception:  # the stream stays
+            broken_pools.append(pool)
+            raise RuntimeError('capture failed') from None
+        current[0] = old
+        random_numbers_work = True
+
+    monkeypatch.setattr(torch.cuda, 'stream', stream)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: Stream(*current))
+    monkeypatch.setattr(torch.cuda, 'graph', capture)
+    monkeypatch.setattr(torch.cuda, 'graph_pool_handle', object)
+
+    class Stream(str):
+        def wait_stream(self, stream):
+            pass
+
+    def waits():
+        raise ValueError('it waits')
+
+    graphs = Graphs()
+    graphs.capture(list)
+    for _ in range(2):
+        with pytest.raises(ValueError, match='it waits'):
+            graphs.capture(waits, warm_ups=0)
+        assert current == ['default']
+        assert random_numbers_work
+    graphs.capture(list)
+    assert len(broken_pools) == 2
+    assert len(graphs._captured) == 4  # two of which heal
+    graphs.free()
+
+
+def test_a_graph_holds_as_many_calls_as_are_timed(
+    bench_op, pretended_gpu, monkeypatch
+):
+    """On a GPU that is faster: 10 ms are filled, with 20 calls at most."""
+    import fake_gpu
+
+    calls, replayed = 0, []
+
+    def method(x):
+        nonlocal calls
+        calls += 1
+        return x
+
+    def replay(graph):
+        replayed.append(calls)
+
+    monkeypatch.setattr(fake_gpu._Graph, 'replay', replay)
+    monkeypatch.setattr(torch.cuda.Event, 'elapsed_time', lambda *_: 1)
+    (eager, graph) = bench_op.measure_pass(
+        {'method': (method, [torch.ones(1)])},
+        'forward',
+        pretended_gpu,
+        0,
+        with_graphs=True,
+    )
+    assert eager['seconds'] == graph['seconds'] == 1e-3 / 11
+    # warm-up and first time; warm-up on the side stream; capture
+    assert replayed[0] == 1 + 1 + 3 + 11
+    assert len(replayed) == 1 + graph['rounds']
+    assert calls == replayed[0] + 11 * eager['rounds'] + 1
+
+
+@pytest.mark.parametrize(
+    'script, needs',
+    [
+        ('bench_op.py', 'matplotlib'),
+        ('bench_train_step.py', 'mmdet'),
+        ('accuracy.py', 'mmseg'),
+    ],
+)
+def test_runs_from_a_checkout(script, needs, tmp_path):
+    """Where the package is not installed, and from another folder."""
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f'needs {needs}')
+    folder = ROOT / 'benchmarks'
+    code = f"""
+import runpy, sys
+sys.path = [path for path in sys.path if path != {str(ROOT)!r}]
+sys.path.insert(0, {str(folder)!r})  # as Python does with a script's
+sys.meta_path = [x for x in sys.meta_path if 'ditable' not in str(x)]
+sys.argv = ['', '--help']
+try:
+    runpy.run_path({str(folder / script)!r}, run_name='__main__')
+finally:
+    import mmcarafe
+    print('mmcarafe is', mmcarafe.__file__)
+"""
+    done = subprocess.run(
+        [sys.executable, '-I', '-c', code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'usage:' in done.stdout
+    where = f'mmcarafe is {ROOT / "mmcarafe" / "__init__.py"}'
+    assert where in done.stdout.splitlines()
 
 
 def test_variants_of_carafe_are_shades_of_one_hue(bench_op):

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -456,6 +457,46 @@ def test_tuning_takes_the_fastest_that_fits(monkeypatch):
     too_large = configs[:1]
     with pytest.raises(OutOfResources):
         fastest()
+
+
+@needs_triton
+def test_what_was_launched(monkeypatch):
+    """With what, and how fast the others were, for the report."""
+    compiled = types.SimpleNamespace(
+        n_regs=128, n_spills=0, metadata=types.SimpleNamespace(shared=4096)
+    )
+
+    def load(problem, config, tensors):
+        return kernels.Launch(lambda *_: None, problem, config, compiled)
+
+    monkeypatch.setattr(kernels, '_load', load)
+    assert kernels.launched() == []
+    _, features, scores, *options = problem(
+        *CASES['fpn'], torch.bfloat16, 'cpu', channels_last=True
+    )
+    for _ in range(2):
+        kernels.reassemble(features, scores, *options)
+    (launch,) = kernels.launched()
+    key = 'reassemble', '16 bit NHWC'
+    default = kernels._CANDIDATES[key][0]._asdict()
+    assert launch == {
+        'operator': 'reassemble',
+        'normalizer': 'softmax',
+        'border': 'zeros',
+        'dtype': 'bfloat16',
+        'layout': 'NHWC',
+        'shape': [1, 20, 5, 9],
+        'scores': [1, 1, 25, 2, 2, 5, 9],
+        'candidate': default,
+        'registers': 128,
+        'spills': 0,
+        'shared_bytes': 4096,
+        'timed': [],
+    }
+    ((_, problem_, config, _),) = kernels._launches.values()
+    kernels._times[kernels._configs(problem_)[1]] = {config: 0.5}
+    (launch,) = kernels.launched()
+    assert launch['timed'] == [{**default, 'milliseconds': 0.5}]
 
 
 def _interpreter_can_index():

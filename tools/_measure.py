@@ -99,7 +99,82 @@ def forward_backward(function, tensors):
 PASSES = {'forward': forward, 'forward+backward': forward_backward}
 
 
-def measure_pass(methods, pass_name, device, budget, more=None):
+class Graphs:
+    """Captures runs as CUDA graphs, one after another.
+
+    They share their memory, which is safe because no two of them are replayed
+    at once, and nobody reads what they leave there.
+    """
+
+    # torch's allocator goes on to ask those whose capture failed.
+    _failed = []
+
+    def __init__(self):
+        self._captured = []
+        self._stream = self._pool = None
+
+    def _begin(self):
+        # torch wants one stream for all graphs that share their memory.
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, run, calls=1, warm_ups=3):
+        """A function that replays so many calls of ``run``.
+
+        What ``run`` reads has to stay where it is.
+        """
+        if self._stream is None:
+            self._begin()
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for _ in range(warm_ups):
+                run()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self._record(graph, run, calls)
+        except Exception:
+            # Stream and memory of what failed are not used again; and random
+            # numbers are refused until another capture ends well.
+            self._failed.append(graph)
+            self._begin()
+            torch.cuda.synchronize()
+            self._record(torch.cuda.CUDAGraph(), lambda: torch.cuda._sleep(1))
+            raise
+        return graph.replay
+
+    def _record(self, graph, run, calls=1):
+        broke = None
+        try:
+            # torch.cuda.graph alone stays in its stream if the capture fails.
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                with torch.cuda.graph(graph, self._pool, self._stream):
+                    try:
+                        for _ in range(calls):
+                            run()
+                    except Exception as error:
+                        broke = error
+                        raise
+        except Exception as error:
+            # And not only that the capture broke.
+            raise (broke or error) from None
+        finally:
+            broke = None  # which holds the tensors of this frame's callees
+        self._captured.append(graph)
+
+    def free(self):
+        """Give the memory back; nothing can be replayed any more."""
+        torch.cuda.synchronize()
+        for graph in self._captured:
+            graph.reset()
+        self._captured.clear()
+        torch.cuda.empty_cache()
+
+
+def measure_pass(
+    methods, pass_name, device, budget, more=None, with_graphs=False
+):
     """Median seconds, peak and kept bytes of methods that take turns.
 
     In another order each round, so that a disturbance of the machine hits all
@@ -112,71 +187,97 @@ def measure_pass(methods, pass_name, device, budget, more=None):
         device (torch.device): of the inputs.
         budget (float): seconds for all rounds, once 5 of them are done.
         more (dict[str, Callable], optional): what to measure as it is.
+        with_graphs (bool): on a GPU, time each also as a CUDA graph, whose
+            launches cost the CPU nothing. Results then have a ``mode``,
+            ``'eager'`` or ``'graph'``; memory is that of the former.
 
     Yields:
         dict: the result of one method. One that fails has an error instead,
         and costs the others nothing.
     """
-    runs, kept, errors = {}, {}, {}
+    eager = 'eager' if with_graphs else None
+    runs, kept = {}, {}  # name -> ...
+    timers, errors = {}, {}  # name, mode -> ...
 
     @contextmanager
-    def reported(name):
+    def reported(name, mode):
         try:
             yield
         except Exception as error:
-            errors[name] = failure(name, pass_name, error)
+            errors[name, mode] = failure(name, pass_name, error, mode)
+
+    def add(name, run):
+        # Many calls on a GPU, so that its work, not the launch, is timed.
+        calls = 1
+        if device.type == 'cuda':
+            calls = min(20, 1 + int(0.01 / seconds(run, device)))
+        runs[name] = run, calls
+        timers[name, eager] = lambda: seconds(run, device, calls)
+
+    def add_graph(name, run, calls):
+        replay = graphs.capture(run, calls)
+        replay()  # warm up
+        timers[name, 'graph'] = lambda: replay_seconds(replay, device, calls)
 
     for name, (function, tensors) in methods.items():
         tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-        with reported(name):
+        with reported(name, eager):
             run = PASSES[pass_name](function, tensors)
             run()  # warm up
             if pass_name != 'forward':
                 kept[name] = kept_memory(function, tensors)
-            runs[name] = run
+            add(name, run)
     for name, run in (more or {}).items():
-        run()
-        runs[name] = run
-    # Many calls on a GPU, so that its work, not the launch, is timed.
-    repeats = {
-        name: min(20, 1 + int(0.01 / seconds(run, device)))
-        if device.type == 'cuda'
-        else 1
-        for name, run in runs.items()
-    }
-    times = {name: [] for name in runs}
+        with reported(name, eager):
+            run()
+            add(name, run)
+    graphs = Graphs()
+    if with_graphs:
+        for name, (run, calls) in runs.items():
+            with reported(name, 'graph'):
+                add_graph(name, run, calls)
+    times = {key: [] for key in timers}
     order = random.Random(0)
     start = time.perf_counter()
     rounds = 0
     while rounds < 5 or (rounds < 50 and time.perf_counter() - start < budget):
-        for name in order.sample(list(runs), len(runs)):
-            if name not in errors:
-                with reported(name):
-                    times[name].append(
-                        seconds(runs[name], device, repeats[name])
-                    )
+        for key in order.sample(list(timers), len(timers)):
+            if key not in errors:
+                with reported(*key):
+                    times[key].append(timers[key]())
         rounds += 1
     yield from errors.values()
-    for name, run in runs.items():
-        if name in errors:
+    for name, mode in timers:
+        if (name, mode) in errors:
             continue
-        with reported(name):
-            peak = peak_memory(run, device)
-        yield errors.get(name) or {
+        peak = None
+        if mode != 'graph':
+            with reported(name, mode):
+                peak = peak_memory(runs[name][0], device)
+        yield errors.get((name, mode)) or {
             'method': name,
             'pass': pass_name,
-            'seconds': statistics.median(times[name]),
+            **({'mode': mode} if mode else {}),
+            'seconds': statistics.median(times[name, mode]),
             'rounds': rounds,
             'peak_bytes': peak,
-            'kept_bytes': kept.get(name),
+            'kept_bytes': kept.get(name) if mode != 'graph' else None,
         }
+    if with_graphs:
+        graphs.free()
 
 
-def failure(name, pass_name, error):
+def failure(name, pass_name, error, mode=None):
     """Say which method failed, and return its result."""
     error = f'{type(error).__name__}: {error}'
-    print(f'{name}, {pass_name}: {error}', flush=True)
-    return {'method': name, 'pass': pass_name, 'error': error}
+    where = ', '.join(filter(None, (name, pass_name, mode)))
+    print(f'{where}: {error}', flush=True)
+    return {
+        'method': name,
+        'pass': pass_name,
+        **({'mode': mode} if mode else {}),
+        'error': error,
+    }
 
 
 def seconds(run, device, repeats=1):
@@ -191,6 +292,13 @@ def seconds(run, device, repeats=1):
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / repeats
+
+
+def replay_seconds(replay, device, calls=1):
+    """Of each of the calls that a CUDA graph holds."""
+    # The GPU waits until all is queued: the launch of the graph is not timed.
+    torch.cuda._sleep(200_000)
+    return seconds(replay, device) / calls
 
 
 def peak_memory(run, device):
@@ -302,7 +410,11 @@ def _driver():
         '--query-gpu=driver_version',
         '--format=csv,noheader',
     ]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    try:
+        done = subprocess.run(query, capture_output=True, text=True)
+    except OSError:  # there is no nvidia-smi
+        return 'unknown'
+    return done.stdout.strip()
 
 
 def conditions(report, *more):

@@ -223,6 +223,39 @@ def reassemble_grad_weights(
     return out
 
 
+def launched():
+    """What has served calls so far: a plain dict for each kind of launch."""
+    return [
+        {
+            'operator': problem.name,
+            'normalizer': problem.normalizer,
+            'border': problem.border,
+            'dtype': str(problem.dtype)[len('torch.') :],
+            'layout': problem.layout,
+            'shape': [*problem.features.shape],
+            'scores': [*problem.scores.shape],
+            'candidate': config._asdict(),
+            **resources(compiled),
+            # Of all that timing chose among, if it did.
+            'timed': [
+                {**other._asdict(), 'milliseconds': time}
+                for other, time in _times.get(_configs(problem)[1], {}).items()
+            ],
+        }
+        for _, problem, config, compiled in _launches.values()
+    ]
+
+
+def resources(compiled):
+    """What a kernel takes of a multiprocessor, as far as Triton says."""
+    metadata = getattr(compiled, 'metadata', None)
+    return {
+        'registers': getattr(compiled, 'n_regs', None),
+        'spills': getattr(compiled, 'n_spills', None),
+        'shared_bytes': getattr(metadata, 'shared', None),
+    }
+
+
 def _run(name, features, scores, tensors, normalizer, border):
     if scores.numel() == 0:
         return
@@ -254,10 +287,21 @@ def _run(name, features, scores, tensors, normalizer, border):
 def _prepare(key, features, scores, tensors):
     """Choose, compile and load a kernel; return its launch."""
     name, normalizer, border, *_ = key
+    problem = _problem(name, features, scores, tensors, normalizer, border)
+    config = _choose(problem, tensors)
+    launch = _load(problem, config, tensors)
+    if not _is_capturing(problem.device):  # then the choice may be a makeshift
+        if len(_launches) == _MOST_LAUNCHES:
+            _launches.clear()
+        _launches[key] = launch
+    return launch
+
+
+def _problem(name, features, scores, tensors, normalizer, border):
     reference.check_options(normalizer, border)
     if normalizer not in reference.SUM_TO_ONE:
         border = 'zeros'  # the same, because there is no sum over the taps
-    problem = Problem(
+    return Problem(
         name,
         normalizer,
         border,
@@ -267,13 +311,6 @@ def _prepare(key, features, scores, tensors):
         View(scores.shape, scores.stride()),
         tuple(View(x.shape, x.stride()) for x in tensors),
     )
-    config = _choose(problem, tensors)
-    launch = _load(problem, config, tensors)
-    if not _is_capturing(problem.device):  # then the choice may be a makeshift
-        if len(_launches) == _MOST_LAUNCHES:
-            _launches.clear()
-        _launches[key] = launch
-    return launch
 
 
 def _choose(problem, tensors):

@@ -29,9 +29,12 @@ def copy_floor(features, kernel_size, backward, scale_factor=2):
     if backward:
         values += large + 2 * (small + weights)
     num_bytes = n * h * w * values * features.element_size()
-    source = torch.empty(
-        num_bytes // 2, dtype=torch.uint8, device=features.device
-    )
+    return copy_of(num_bytes, features.device)
+
+
+def copy_of(num_bytes, device):
+    """A copy that moves so many bytes: it reads half of them, writes half."""
+    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 

@@ -39,12 +39,16 @@ class Nothing(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors))
 
 
-def microseconds(run, rounds=30, repeats=200):
-    """Median over the rounds of the mean of a round."""
+def microseconds(run, rounds=30, repeats=200, settle=lambda: None):
+    """Median over the rounds of the mean of a round; ``settle`` goes before.
+
+    A round is short enough for the queue of a GPU, so that none waits for it.
+    """
     for _ in range(repeats):
         run()
     times = []
     for _ in range(rounds):
+        settle()
         start = time.perf_counter()
         for _ in range(repeats):
             run()
@@ -52,9 +56,12 @@ def microseconds(run, rounds=30, repeats=200):
     return statistics.median(times)
 
 
-def measure():
-    """Yield method, pass and microseconds."""
-    features, logits = torch.randn(1, 4, 25, 42), torch.randn(1, 100, 25, 42)
+def measure(device='cpu', **options):
+    """Yield method, pass and :func:`microseconds`."""
+    features, logits = (
+        torch.randn(1, channels, 25, 42, device=device)
+        for channels in (4, 100)
+    )
     methods = {
         'CARAFE': (lambda x, y: carafe_from_logits(x, y, 5), features, logits),
         'an autograd.Function that does nothing': (
@@ -70,7 +77,8 @@ def measure():
     for name, (function, *tensors) in methods.items():
         tensors = [x.detach().clone().requires_grad_() for x in tensors]
         for pass_name, make in PASSES.items():
-            yield name, pass_name, microseconds(make(function, tensors))
+            run = make(function, tensors)
+            yield name, pass_name, microseconds(run, **options)
 
 
 def main():

@@ -329,6 +329,7 @@ def test_a_graph_holds_as_many_calls_as_are_timed(
     'script, needs',
     [
         ('bench_op.py', 'matplotlib'),
+        ('gpu_suite.py', 'matplotlib'),
         ('bench_train_step.py', 'mmdet'),
         ('accuracy.py', 'mmseg'),
     ],

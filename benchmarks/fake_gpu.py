@@ -17,7 +17,8 @@ from mmcarafe.ops import reference
 from mmcarafe.ops import triton as kernels
 from mmcarafe.ops.operators import OPERATORS
 
-CAPABILITY = 90
+# Bytes of shared memory that a program may have, by compute capability.
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
 class _Launcher:
@@ -29,26 +30,32 @@ class _Launcher:
 
 
 class _Utils:
+    def __init__(self, capability):
+        self.shared = SHARED[capability]
+
     def load_binary(self, name, kernel, shared, device):
         return object(), object(), 0, 0, 1024  # module, function, ...
 
     def get_device_properties(self, device):
-        return {'max_shared_mem': 227 * 1024, 'multiprocessor_count': 132}
+        return {'max_shared_mem': self.shared, 'multiprocessor_count': 132}
 
 
-class _Driver:
+class Driver:
     """As much of a Triton driver as compiling and launching need."""
 
     launcher_cls = _Launcher
-    utils = _Utils()
+
+    def __init__(self, capability=90):
+        self.capability = capability
+        self.utils = _Utils(capability)
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget('cuda', CAPABILITY, 32)
+        return GPUTarget('cuda', self.capability, 32)
 
     def get_current_device(self):
-        return 0
+        return self.capability  # kernels are cached by it
 
     def get_current_stream(self, device):
         return 0
@@ -58,7 +65,7 @@ def install():
     """From here on, CPU tensors take the way of CUDA tensors."""
     from triton.runtime import driver
 
-    driver.set_active(_Driver())
+    driver.set_active(Driver())
     _serve_cpu_tensors()
 
 

@@ -5,16 +5,19 @@ Instructions are classed, and each is given how often a program runs it:
 - A backward branch closes a loop. An outermost loop with multiply-adds takes
   one trip for each block of channels, any other loop one for each of the K
   rows of a window.
-- A forward branch may choose between two bodies. If both multiply, they are
-  those of the hoisted kernel: the one for tiles of which all windows lie
-  inside the map, whose loads need no predicate, and the one for the others. If
-  one does, the other is for programs without channels, and never runs.
+- A forward branch may choose between two bodies. If both multiply, or both
+  load as much, they are those of a hoisted kernel: the one for tiles of which
+  all windows lie inside the map, whose loads need no predicate, and the one
+  for the others. If one multiplies, the other is for programs without
+  channels, and never runs.
+- A function that returns is left out: it is called for tiles with values that
+  are not finite.
 - Any other forward branch counts as not taken, a second body as executed too,
   and so is an instruction that its predicate switches off.
 
 So it is for these kernels, not for any: what it comes to has to be compared
 with the multiply-adds that are expected. That says nothing of the trips of a
-loop without multiply-adds. Functions that return are not followed.
+loop without multiply-adds.
 """
 
 import math
@@ -53,20 +56,28 @@ _LINE = re.compile(r'\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([\w.]+)(.*?);')
 
 
 def parse(sass):
-    """The instructions of one kernel, up to the trap behind its end."""
-    code = []
+    """The instructions of one kernel, without the functions behind it."""
+    code, end = [], math.inf
     for line in filter(None, map(_LINE.match, sass.splitlines())):
         address, predicate, opcode, operands = line.groups()
-        if opcode.startswith(('RET', 'BRX', 'JMP')):
+        at = int(address, 16)
+        called = [
+            x.target
+            for x in code
+            if x.opcode.startswith('CALL') and x.target <= at
+        ]
+        if opcode.startswith('RET') and called:
+            end = min(end, max(called))
+        elif opcode.startswith(('RET', 'BRX', 'JMP')):
             raise ValueError(f'{opcode} at {address} cannot be followed')
-        address, target = int(address, 16), None
+        address, target = at, None
         # For sm_80, some calls that never return leave loops.
         if opcode.startswith(('BRA', 'CALL')):
             target = int(re.search(r'0x([0-9a-f]+)', operands)[1], 16)
             # BRA P0, 0x...: another predicate, or the only one
             predicate = predicate or re.match(r'\s*!?U?P\d', operands)
-        if target == address:
-            return code
+        if target == address:  # a trap is behind everything
+            return [x for x in code if x.address < end]
         code.append(Instruction(address, bool(predicate), opcode, target))
     raise ValueError('no end of a kernel found')
 
@@ -149,7 +160,8 @@ def find_weights(code, blocks, k, whole=0.0):
         is the trips) and of the bodies that branches choose.
     """
     products = find_products(code)
-    masked = [x for x in code if x.predicated and x.opcode.startswith('LDG')]
+    loads = [x for x in code if category(x.opcode).startswith('LDG.')]
+    masked = [x for x in loads if x.predicated]
 
     def holds(span, some):
         return sum(x.address in span for x in some)
@@ -162,7 +174,9 @@ def find_weights(code, blocks, k, whole=0.0):
         loops.append((span, blocks if of_channels else k))
     for pair in find_alternatives(code):
         fewer, more = sorted(pair, key=lambda span: holds(span, products))
-        if holds(fewer, products):
+        if holds(fewer, products) or 1 < holds(fewer, loads) == holds(
+            more, loads
+        ):
             inside, border = sorted(pair, key=lambda span: holds(span, masked))
             bodies += [(inside, whole), (border, 1 - whole)]
         elif holds(more, products):

@@ -700,6 +700,65 @@ def test_what_the_kernels_do_not_know_fails_to_compile(
     assert f'unknown {option}' in str(innermost)
 
 
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
+def test_kernel_that_is_not_loaded_in_a_capture(monkeypatch):
+    import fake_gpu
+    import triton
+
+    monkeypatch.setattr(triton.runtime.driver, '_active', fake_gpu.Driver())
+    monkeypatch.setattr(kernels, '_is_capturing', lambda device: True)
+    args = arguments(
+        'reassemble', *problem(*CASES['fpn'], torch.float32, 'cpu')
+    )
+    message = (
+        'reassemble runs for the first time with these shapes, strides and '
+        'alignments of tensors, and a CUDA graph is being captured, which '
+        'forbids to load its kernel; run it once before the capture'
+    )
+    with pytest.raises(RuntimeError) as caught:
+        kernels.reassemble(*args)
+    assert str(caught.value) == message
+    monkeypatch.setattr(kernels, '_is_capturing', lambda device: False)
+    kernels.reassemble(*args)
+    monkeypatch.setattr(kernels, '_is_capturing', lambda device: True)
+    kernels.reassemble(*args)
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
+def test_a_launch_is_prepared_once(monkeypatch):
+    """And again for what Triton compiles anew, or what was pinned."""
+    import fake_gpu
+    import triton
+
+    monkeypatch.setattr(triton.runtime.driver, '_active', fake_gpu.Driver())
+    prepare, prepared = kernels._prepare, []
+    monkeypatch.setattr(
+        kernels, '_prepare', lambda *a: prepared.append(a) or prepare(*a)
+    )
+    case, options, form = CASES['fpn']
+    tensors = problem(case, options, form, torch.float32, 'cpu')
+    args = arguments('reassemble', *tensors)
+
+    def count(*args):
+        before = len(prepared)
+        kernels.reassemble(*args)
+        kernels.reassemble(*args)
+        return len(prepared) - before
+
+    assert count(*args) == 1
+    features, scores, *options = args
+    unaligned = torch.empty(features.numel() + 1)[1:].view_as(features)
+    assert count(unaligned, scores, *options) == 1
+    assert count(features, scores, 'sigmoid', 'zeros') == 1
+    channels_last = features.to(memory_format=torch.channels_last)
+    assert count(channels_last, scores, *options) == 1
+    config = kernels._CANDIDATES['reassemble', 'fp32 NCHW'][-1]
+    monkeypatch.setitem(kernels.pinned, 'reassemble', config)
+    assert count(*args) == 1
+
+
 # What only a GPU can show.
 
 
@@ -781,6 +840,29 @@ def test_cuda_graph(module_like):
     graph.replay()
     want = reference.carafe_from_logits(features, logits, 5)
     torch.testing.assert_close(captured, want)
+
+
+@gpu
+@pytest.mark.filterwarnings('ignore:The CUDA Graph is empty')
+def test_cuda_graph_of_what_never_ran():
+    """Neither at all, nor with strides of this divisibility."""
+    case = Case(2, 64, 24, 40, k=9)  # no other test has this K
+    _, features, scores, *_ = problem(
+        case, OPTIONS['softmax-zeros'], 'logits', torch.float32, 'cuda'
+    )
+    logits = scores.reshape(case.logits_shape)
+    odd = features[..., :-1].clone(), logits[..., :-1].clone()
+    for inputs in ((features, logits), odd):
+        with pytest.raises(RuntimeError, match='run it once before'):
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                carafe_from_logits(*inputs, case.k)
+        carafe_from_logits(*inputs, case.k)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = carafe_from_logits(*inputs, case.k)
+        graph.replay()
+        want = reference.carafe_from_logits(*inputs, case.k)
+        torch.testing.assert_close(captured, want)
 
 
 @gpu

@@ -1,19 +1,26 @@
 """Launches the GPU kernels of :mod:`mmcarafe.ops.triton_kernels`.
 
-Two routes lead to an output, and each pays where the other does not:
+A kernel gets there in one of three ways, and each pays where the others do not
+(``Config.way``):
 
-- plain FMAs carry fp32. One loaded feature serves all S*S subpixels.
-- fp16 and bf16 go through the tensor cores. All the weights of a tile of
-  output pixels form one matrix, zero outside a band, which a dense product
+- *hoisted*, for fp32: plain FMAs. All K*K*S*S weights of a source pixel, or
+  the sums of their gradients, stay in registers while its channels pass by.
+- *plain*, where those are too many: a weight is loaded once per block of
+  channels. One loaded feature still serves all S*S subpixels.
+- *banded*, through the tensor cores, for fp16 and bf16: all weights of a tile
+  of output pixels form one matrix, zero outside a band, which a dense product
   applies to the tile's source patch. Each weight enters as two numbers, its
   rounded value and the rest, so that rounding the output is what limits the
-  accuracy; sums are fp32. A zero weight times infinity is NaN, so a feature
-  that is not finite spreads over its tile, not only over its window.
+  accuracy; sums are fp32. A zero weight times infinity is NaN, so a tile whose
+  sums are not finite is written once more, each pixel from its window alone.
 
-Both gradients are such products in every dtype (with FMAs in fp32). Nothing is
-scattered, so there are no atomics: the features' gradient gathers. Masks are
-never written; each program normalises the logits of its own tile. fp64 runs
-on the reference.
+The features' gradient is such a product in every dtype (with FMAs in fp32).
+Nothing is scattered, so there are no atomics: it gathers. Masks are never
+written; each program normalises the logits of its own tile. fp64 runs on the
+reference.
+
+A value that is not finite makes the same outputs not finite as in the
+reference; which of them are NaN, and which infinite, may differ.
 
 What the work is, by arithmetic (nothing here is a measurement). For each
 source pixel, K=5, S=2, C=256, G=1: forward reads C features and 100 logits

@@ -129,8 +129,8 @@ _CANDIDATES = {
         Config('banded', 128, 8, 16, 8, 2),
     ],
     ('reassemble_grad_features', 'fp32'): [
-        Config('banded', 32, 4, 4, 4, 2),
         Config('banded', 64, 4, 4, 8, 2),
+        Config('banded', 32, 4, 4, 4, 2),
     ],
     ('reassemble_grad_features', '16 bit'): [
         Config('banded', 64, 4, 4, 4, 2),

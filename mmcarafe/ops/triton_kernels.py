@@ -605,7 +605,7 @@ def reassemble_grad_features_banded(
         )  # fmt: skip
         band, rest = _halves(band, y_ptr)
     end = min(c0 + BLOCKS * BLOCK_C, C)
-    spoilt = tl.zeros((BLOCK_C,), tl.float32)
+    spoilt = tl.zeros((BLOCK_C, M), tl.float32)
     for c_block in range(c0, end, BLOCK_C):
         c = c_block + tl.arange(0, BLOCK_C).to(INDEX)
         y_tile = y_ptr + c[:, None] * y_c
@@ -624,13 +624,13 @@ def reassemble_grad_features_banded(
                 other=0,
             )  # [BLOCK_C, PATCH]
             x = _dot(y, band, rest, x, NORMALIZER)
-        spoilt += tl.sum(x * 0, 1)
+        spoilt += x * 0  # not a sum: it would spill registers
         tl.store(
             x_ptr + c[:, None] * x_c + (h * x_h + w * xs[3])[None, :],
             x.to(x_ptr.dtype.element_ty),
             (c < C)[:, None] & written[None, :],
         )
-    if tl.sum(spoilt, 0) != 0:  # NaN
+    if tl.sum(spoilt) != 0:  # NaN
         _rewrite_grad_features(
             y_ptr, w_ptr, x_ptr, ys, ws, xs, block_h, block_w, c0, end,
             C, H, W, K, S, NORMALIZER, BORDER, INDEX,

@@ -140,7 +140,7 @@ _CANDIDATES = {
         Config('hoisted', 4, 1, 32, 4),
         Config('hoisted', 2, 1, 64, 4),
         Config('banded', 16, 2, 16, 4),
-        Config('banded', 32, 4, 16, 8),
+        Config('banded', 32, 2, 16, 4),
     ],
     ('reassemble_grad_weights', 'fp32 NHWC'): [
         Config('banded', 16, 2, 16, 4),

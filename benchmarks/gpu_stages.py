@@ -177,8 +177,10 @@ def compilation(args, done):
 
 
 def _start_to_compile(dry_run, capability):
-    fake_gpu.CAPABILITY = 10 * capability[0] + capability[1]
-    fake_gpu.pretend() if dry_run else fake_gpu.install()
+    if dry_run:
+        fake_gpu.pretend()
+    else:
+        fake_gpu.install(10 * capability[0] + capability[1])
 
 
 def _compile(case_and_index):

@@ -18,6 +18,7 @@ from cases import (
     forward_and_gradients,
     randn,
 )
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mmcarafe.ops import (
@@ -207,6 +208,15 @@ def test_operator_equals_reference(case, dtype, layout, form):
         )
         for result, rounded, true in zip(results, same_dtype, exact):
             assert_as_exact_as(result, rounded, true)
+
+
+def test_forward_mode_is_an_error():
+    """Not a derivative of zero."""
+    features, logits = torch.randn(1, 4, 5, 6), torch.randn(1, 36, 5, 6)
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(features, torch.ones_like(features))
+        with pytest.raises(NotImplementedError, match='forward mode'):
+            carafe_from_logits(dual, logits, 3)
 
 
 @all_options

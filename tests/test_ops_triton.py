@@ -702,6 +702,21 @@ def test_what_the_kernels_do_not_know_fails_to_compile(
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
+@pytest.mark.parametrize('name', [*OPERATORS][:2])
+def test_writing_again_waits_for_the_first_writing(name, compile_for):
+    """Of 16 channels: then nothing else makes the threads wait."""
+    case = Case(1, 16, 8, 8, k=3, s=1), OPTIONS['softmax-zeros'], 'logits'
+    *tensors, normalizer, border = problem(*case, torch.float16, 'cpu')
+    tensors = [x.to('meta') for x in tensors]
+    args = arguments(name, *tensors, normalizer, border)
+    ptx = compile_for(TARGETS['sm_90'], name, args).asm['ptx']
+    entry = ptx[ptx.index('.visible .entry') :]
+    before = entry[: re.search(r'call.*\n?.*_rewrite', entry).start()]
+    assert before.rindex('bar.sync') > before.rindex('st.global')
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
 def test_kernel_that_is_not_loaded_in_a_capture(monkeypatch):
     import fake_gpu
     import triton

@@ -1,7 +1,7 @@
 """Launches the GPU kernels of :mod:`mmcarafe.ops.triton_kernels`.
 
-A kernel gets there in one of three ways, and each pays where the others do not
-(``Config.way``):
+A kernel computes its result in one of three ways, and each pays where the
+others do not (``Config.way``):
 
 - *hoisted*, for fp32: plain FMAs. All K*K*S*S weights of a source pixel, or
   the sums of their gradients, stay in registers while its channels pass by.
@@ -14,7 +14,7 @@ A kernel gets there in one of three ways, and each pays where the others do not
   accuracy; sums are fp32. A zero weight times infinity is NaN, so a tile whose
   sums are not finite is written once more, each pixel from its window alone.
 
-The features' gradient is such a product in every dtype (with FMAs in fp32).
+The features' gradient is a banded product in every dtype (with FMAs in fp32).
 Nothing is scattered, so there are no atomics: it gathers. Masks are never
 written; each program normalises the logits of its own tile. fp64 runs on the
 reference.
@@ -424,8 +424,8 @@ def _fits(problem, config):
         return True
     tile = _tile(problem, config)
     if config.way == 'hoisted':
-        pixels = tile.get('SUBPIXELS', tile['S'] ** 2)
-        return pixels * tile['K'] ** 2 <= _HOISTED
+        subpixels = tile.get('SUBPIXELS', tile['S'] ** 2)
+        return subpixels * tile['K'] ** 2 <= _HOISTED
     written = config.block_h * config.block_w
     gathers = problem.name == 'reassemble_grad_features'
     weights_of = tile['PATCH'] if gathers else written
@@ -480,9 +480,7 @@ def _plan(problem, config):
     tile.update(NORMALIZER=problem.normalizer, BORDER=problem.border)
     wide = _largest_offset(problem.tensors) >= 2**31
     tile['INDEX'] = kernels.index_dtype(wide)
-    # The tensor cores take 16 channels at least.
-    least = 1 if config.way == 'hoisted' else 16
-    tile['BLOCK_C'] = max(least, min(config.block_c, _power_of_2(channels)))
+    tile['BLOCK_C'] = min(config.block_c, _power_of_2(channels))
 
     rows, columns = height, width
     if config.way == 'banded' and problem.name != 'reassemble_grad_features':

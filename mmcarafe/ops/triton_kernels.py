@@ -67,8 +67,8 @@ def reassemble_plain(
 
     starts = ()  # of each subpixel
     for s in tl.static_range(SUBPIXELS):
-        first = (part * SUBPIXELS + s).to(INDEX)
-        starts += (w_ptr + first // S * ws[3] + first % S * ws[4],)
+        at = _at_subpixel(part * SUBPIXELS + s, ws[3], ws[4], S, INDEX)
+        starts += (w_ptr + at,)
     if HOISTED:
         # Two dimensions from the start: the compiler is faster then.
         row = inside[None, :], h[None, :], w[None, :]
@@ -189,25 +189,41 @@ def _sum_taps(
     """Sums [BLOCK_C, BLOCK_W] of each subpixel; WHOLE windows need no mask."""
     sums = _zeros(SUBPIXELS, BLOCK_C, BLOCK_W)
     for ky in tl.static_range(K):
-        dy = ky - K // 2
-        row = inside & (h + dy >= 0) & (h + dy < H)
-        x_row = x_tile + dy * xs[2]
         for kx in tl.static_range(K):
-            dx = kx - K // 2
-            if WHOLE:
-                x = tl.load(x_row + dx * xs[3]).to(tl.float32)
-            else:
-                there = row & (w + dx >= 0) & (w + dx < W)
-                x = tl.load(
-                    x_row + dx * xs[3],
-                    real & there,
-                    other=0,
-                ).to(tl.float32)  # [BLOCK_C, BLOCK_W]
+            x = _load_tap(
+                x_tile, xs, ky, kx, real, inside, h, w, H, W, K, WHOLE
+            )
             new = ()
             for s in tl.static_range(SUBPIXELS):
                 new += (sums[s] + x * weights[s * K * K + ky * K + kx],)
             sums = new
     return sums
+
+
+@triton.jit
+def _load_tap(
+    x_tile,
+    xs,
+    ky,
+    kx,
+    real,
+    inside,
+    h,
+    w,
+    H,
+    W,
+    K: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The features [BLOCK_C, BLOCK_W] of one tap of the pixels (h, w)."""
+    dy, dx = ky - K // 2, kx - K // 2
+    at = x_tile + dy * xs[2] + dx * xs[3]
+    if WHOLE:
+        x = tl.load(at)
+    else:
+        there = inside & _is_inside(h + dy, w + dx, H, W)
+        x = tl.load(at, real & there, other=0)
+    return x.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=['H', 'W'])
@@ -265,46 +281,22 @@ def reassemble_grad_weights_hoisted(
         y_tile = y_ptr + c * ys[1] + y_offset
         y = ()  # of each subpixel: [BLOCK_C, BLOCK_W]
         for s in tl.static_range(S * S):
-            offset = s // S * ys[2] + s % S * ys[3]
+            offset = _at_subpixel(s, ys[2], ys[3], S, INDEX)
             one = tl.load(y_tile + offset, real & inside, other=0)
             y += (one.to(tl.float32),)
         if whole:
             sums = _add_taps(
-                sums,
-                y,
-                x_tile,
-                xs,
-                real,
-                inside,
-                h,
-                w,
-                H,
-                W,
-                K,
-                S * S,
-                True,
-            )
+                sums, y, x_tile, xs, real, inside, h, w, H, W, K, S * S, True
+            )  # fmt: skip
         else:
             sums = _add_taps(
-                sums,
-                y,
-                x_tile,
-                xs,
-                real,
-                inside,
-                h,
-                w,
-                H,
-                W,
-                K,
-                S * S,
-                False,
-            )
+                sums, y, x_tile, xs, real, inside, h, w, H, W, K, S * S, False
+            )  # fmt: skip
 
     w_offset = h * ws[5] + w * ws[6]
     grad_offset = h * grads[5] + w * grads[6]
     for s in tl.static_range(S * S):
-        start = w_ptr + s // S * ws[3] + s % S * ws[4]
+        start = w_ptr + _at_subpixel(s, ws[3], ws[4], S, INDEX)
         grad = ()  # of all taps: [1, BLOCK_W]
         for k in tl.static_range(K * K):
             total = tl.sum(sums[k * S * S + s], 0)[None, :]
@@ -340,11 +332,10 @@ def reassemble_grad_weights_hoisted(
                     NORMALIZER == 'softmax' or NORMALIZER is None,
                     'unknown normalizer',
                 )
-            tap = tl.cast(k, INDEX)
+            offset = _at_subpixel(s, grads[3], grads[4], S, INDEX)
+            offset += tl.cast(k, INDEX) * grads[2]
             tl.store(
-                grad_ptr
-                + (s // S * grads[3] + s % S * grads[4] + tap * grads[2])
-                + grad_offset,
+                grad_ptr + offset + grad_offset,
                 value.to(grad_ptr.dtype.element_ty),
                 inside,
             )
@@ -369,17 +360,10 @@ def _add_taps(
     """Add x * y for each tap and subpixel; WHOLE windows need no mask."""
     new = ()
     for ky in tl.static_range(K):
-        dy = ky - K // 2
-        row = inside & (h + dy >= 0) & (h + dy < H)
-        x_row = x_tile + dy * xs[2]
         for kx in tl.static_range(K):
-            dx = kx - K // 2
-            if WHOLE:
-                x = tl.load(x_row + dx * xs[3]).to(tl.float32)
-            else:
-                there = row & (w + dx >= 0) & (w + dx < W)
-                x = tl.load(x_row + dx * xs[3], real & there, other=0)
-                x = x.to(tl.float32)  # [BLOCK_C, BLOCK_W]
+            x = _load_tap(
+                x_tile, xs, ky, kx, real, inside, h, w, H, W, K, WHOLE
+            )
             for s in tl.static_range(SUBPIXELS):
                 new += (sums[(ky * K + kx) * SUBPIXELS + s] + x * ys[s],)
     return new
@@ -477,6 +461,7 @@ def reassemble_banded(
             (c < C)[:, None] & written[None, :],
         )
     if tl.sum(spoilt, 0) != 0:  # NaN
+        tl.debug_barrier()  # other threads may write what this one wrote
         _rewrite(
             x_ptr, w_ptr, y_ptr, xs, ws, ys, block_h, block_w, c0, end,
             C, H, W, K, S, NORMALIZER, BORDER, INDEX, BLOCK_H, BLOCK_W,
@@ -631,6 +616,7 @@ def reassemble_grad_features_banded(
             (c < C)[:, None] & written[None, :],
         )
     if tl.sum(spoilt) != 0:  # NaN
+        tl.debug_barrier()  # other threads may write what this one wrote
         _rewrite_grad_features(
             y_ptr, w_ptr, x_ptr, ys, ws, xs, block_h, block_w, c0, end,
             C, H, W, K, S, NORMALIZER, BORDER, INDEX,
@@ -680,7 +666,7 @@ def _rewrite_grad_features(
             there = written & _is_inside(from_h, from_w, H, W)
             w_offset = from_h * ws[5] + from_w * ws[6]
             for s in range(S * S):
-                start = w_ptr + (s // S) * ws[3] + (s % S) * ws[4]
+                start = w_ptr + _at_subpixel(s, ws[3], ws[4], S, INDEX)
                 peak, scale = _peak_and_scale(
                     start, ws[2], w_offset, there, from_h, from_w, H, W,
                     K, NORMALIZER, BORDER, INDEX,
@@ -853,6 +839,12 @@ def reassemble_grad_weights_banded(
 @triton.jit
 def _split(pid, size):
     return pid // size, pid % size
+
+
+@triton.jit
+def _at_subpixel(s, row, column, S: tl.constexpr, INDEX: tl.constexpr):
+    """Offset of subpixel s, from the strides of its row and column."""
+    return tl.cast(s // S, INDEX) * row + tl.cast(s % S, INDEX) * column
 
 
 @triton.jit

@@ -546,19 +546,24 @@ def launch_each(out, level, kinds):
 
 def command_row(what, command, kept=4000, **variables):
     """Run a command: exit code and the end of its output."""
-    done = subprocess.run(
+    lines = []
+    with subprocess.Popen(
         command,
         cwd=ROOT,
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    print(done.stdout, flush=True)
-    row = {'what': what, 'exit_code': done.returncode}
-    row['output'] = done.stdout[-kept:] if kept else done.stdout
-    if done.returncode:
-        row['error'] = f'exit code {done.returncode}'
+        errors='replace',
+    ) as process:
+        for line in process.stdout:
+            print(line, end='', flush=True)  # for the log of a stopped stage
+            lines.append(line)
+    output = ''.join(lines)
+    row = {'what': what, 'exit_code': process.returncode}
+    row['output'] = output[-kept:] if kept else output
+    if row['exit_code']:
+        row['error'] = f'exit code {row["exit_code"]}'
     return row
 
 

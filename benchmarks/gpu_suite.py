@@ -7,8 +7,9 @@ first, each in a process of its own with a time limit: one that fails, crashes
 or hangs costs itself only. If a kernel breaks the process's GPU context, it is
 reported, and a new process goes on with the next.
 
-A stage's rows are in ``STAGE.json`` as soon as they are known. After each
-stage ``summary.json``, which holds all that is in the folder, and
+A stage's rows are in ``STAGE.json`` as soon as they are known. Shortly before
+its limit, what it runs is interrupted, so that it can still say what it found.
+After each stage ``summary.json``, which holds all that is in the folder, and
 ``summary.md``, the figures, are written anew. ``gpu_suite.py summary FOLDER``
 does that alone.
 
@@ -18,6 +19,7 @@ results are marked as fake, and the summary gives no figures of them.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -34,17 +36,18 @@ STAGES = {  # name -> function, seconds at most
     'environment': (gpu_stages.environment, 60),
     'compilation': (gpu_stages.compilation, 120),
     'agreement': (gpu_stages.agreement, 180),
-    'candidates': (gpu_stages.candidates, 240),
-    'operator': (gpu_stages.operator, 300),
-    'host': (gpu_stages.host, 60),
-    'tests': (gpu_stages.tests, 300),
     'graphs': (gpu_stages.graphs, 60),
+    'host': (gpu_stages.host, 60),
+    'candidates': (gpu_stages.candidates, 240),
     'profile': (gpu_stages.profile, 180),
+    'operator': (gpu_stages.operator, 300),
+    'tests': (gpu_stages.tests, 300),
     'large': (gpu_stages.large, 240),
 }
 SCRIPT = __file__  # what runs one stage
 GO_ON = 75  # its exit code if another process has to do the rest
 END_OF_LOG = 4000
+GRACE = 15  # seconds before the limit, to write what is known
 
 
 def run_stage(name, args, limit):
@@ -74,7 +77,7 @@ def run_stage(name, args, limit):
 
 
 def run_process(command, log, limit):
-    """Its exit code, or None if it has not ended within so many seconds."""
+    """Its exit code, or None if it had to be stopped."""
     process = subprocess.Popen(
         command,
         stdout=log,
@@ -82,8 +85,11 @@ def run_process(command, log, limit):
         preexec_fn=os.setpgrp,  # so that its own children can be ended too
     )
     try:
-        return process.wait(max(0, limit))
+        return process.wait(max(0, limit - GRACE))
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
         return None
     finally:
         try:
@@ -95,6 +101,8 @@ def run_process(command, log, limit):
 
 def stage_main(args):
     """In the stage's process: collect its rows."""
+    # The command that the stage waits for is to end, not the stage.
+    signal.signal(signal.SIGINT, lambda *_: None)
     function, _ = STAGES[args.stage]
     path = args.out / f'{args.stage}.json'
     report = read(path) or {
@@ -307,8 +315,9 @@ def main():
     parser.add_argument(
         '--seconds',
         type=float,
-        default=900,
-        help='for all stages; those for which none are left are skipped',
+        default=560,
+        help='for all stages; those for which none are left are skipped '
+        '(default: %(default)s)',
     )
     parser.add_argument(
         '--mmcv-src', type=Path, help="mmcv's sources, to measure it too"

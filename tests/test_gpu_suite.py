@@ -187,6 +187,10 @@ def hangs(args, done):
     yield {{'what': 'a row', 'child': child.pid}}
     time.sleep(600)
 
+def waits(args, done):  # for a command that does not end
+    code = 'import time; print("started", flush=True); time.sleep(600)'
+    yield gpu_suite.gpu_stages.command_row('it', [sys.executable, '-c', code])
+
 def breaks(args, done):  # what the GPU holds, with its second row
     for i in '0123':
         row = {{'what': i, 'process': os.getpid(), 'done': sorted(done)}}
@@ -196,10 +200,12 @@ def breaks(args, done):  # what the GPU holds, with its second row
         yield row
 
 gpu_suite.SCRIPT = __file__
+gpu_suite.GRACE = 3
 gpu_suite.STAGES = {{
     'fails': (fails, 60),
     'crashes': (crashes, 60),
     'hangs': (hangs, 20),
+    'waits': (waits, 20),
     'breaks': (breaks, 60),
     'works': (works, 60),
     'missed': (works, 0),
@@ -216,13 +222,14 @@ def test_stages_that_end_badly(tmp_path):
     out = tmp_path / 'out'
     done = run(script, '--dry-run', '--out', out)
     assert done.returncode == 1
-    missed = 'fails, crashes, hangs, breaks, missed'
+    missed = 'fails, crashes, hangs, waits, breaks, missed'
     assert done.stderr == f'error: these stages did not pass: {missed}\n'
     found = reports(out)
     assert {name: report['status'] for name, report in found.items()} == {
         'fails': '1 failed',
         'crashes': 'crashed, exit code 1',
         'hangs': 'stopped after 20 s',
+        'waits': 'stopped after 20 s',
         'breaks': '1 failed',
         'works': 'passed',
     }
@@ -236,6 +243,10 @@ def test_stages_that_end_badly(tmp_path):
     assert found['hangs']['seconds'] < 40
     (row,) = found['hangs']['rows']
     assert has_ended(row['child'])
+    (row,) = found['waits']['rows']
+    assert row['output'].startswith('started\n')
+    assert 'KeyboardInterrupt' in row['output']
+    assert 'KeyboardInterrupt' in found['waits']['log']
     rows = found['breaks']['rows']
     assert [row['what'] for row in rows] == [*'0123']
     assert [row['done'] for row in rows] == [[], [], ['0', '1'], ['0', '1']]

@@ -106,7 +106,8 @@ class Graphs:
     at once, and nobody reads what they leave there.
     """
 
-    # torch's allocator goes on to ask those whose capture failed.
+    # torch's allocator goes on to ask those whose capture failed; before torch
+    # 2.8, no other capture can follow one that failed.
     _failed = []
 
     def __init__(self):

@@ -269,7 +269,7 @@ def _run(name, features, scores, tensors, normalizer, border):
     # All that decides a launch. Triton compiles for pointers that are
     # multiples of 16 bytes, and for others.
     device = scores.get_device()  # -1 for Triton's interpreter
-    key = (
+    key = [
         name,
         normalizer,
         border,
@@ -277,10 +277,10 @@ def _run(name, features, scores, tensors, normalizer, border):
         scores.dtype,
         pinned.get(name),
         torch.are_deterministic_algorithms_enabled(),
-        *(x.shape for x in tensors),
-        *(x.stride() for x in tensors),
-        *(x.data_ptr() % 16 == 0 for x in tensors),
-    )
+    ]
+    for x in tensors:
+        key += x.shape, x.stride(), x.data_ptr() % 16 == 0
+    key = tuple(key)
     # On the tensors' own device and current stream. No context where that is
     # the current one, because it would take longer than all of the above.
     if device < 0 or device == torch.cuda.current_device():

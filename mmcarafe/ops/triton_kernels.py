@@ -71,11 +71,11 @@ def reassemble_plain(
         starts += (w_ptr + at,)
     if HOISTED:
         # Two dimensions from the start: the compiler is faster then.
-        row = inside[None, :], h[None, :], w[None, :]
+        pixel = inside[None, :], h[None, :], w[None, :]
         weights = ()  # of each subpixel, all taps: [1, BLOCK_W]
         for s in tl.static_range(SUBPIXELS):
             weights += _load_weights(
-                starts[s], ws[2], w_offset[None, :], *row, H, W,
+                starts[s], ws[2], w_offset[None, :], *pixel, H, W,
                 K, NORMALIZER, BORDER, INDEX,
             )  # fmt: skip
         R: tl.constexpr = K // 2
@@ -97,12 +97,12 @@ def reassemble_plain(
         if HOISTED:
             if whole:
                 sums = _sum_taps(
-                    x_tile, xs, weights, real[:, None], *row, H, W,
+                    x_tile, xs, weights, real[:, None], *pixel, H, W,
                     K, SUBPIXELS, BLOCK_C, BLOCK_W, True,
                 )  # fmt: skip
             else:
                 sums = _sum_taps(
-                    x_tile, xs, weights, real[:, None], *row, H, W,
+                    x_tile, xs, weights, real[:, None], *pixel, H, W,
                     K, SUBPIXELS, BLOCK_C, BLOCK_W, False,
                 )  # fmt: skip
         else:

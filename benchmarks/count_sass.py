@@ -6,7 +6,7 @@ No GPU is needed: the kernels are compiled ahead of time for the fake one of
 fake_gpu.py. disassembly.py finds how often a program runs each instruction;
 that times the programs and warps of a launch on a real GPU is counted. The
 multiply-adds that this comes to are compared with those of all tiles, from the
-shapes alone, and the script fails where they differ. Up to 0.3 % may be more:
+shapes alone, and the script fails where they differ. Up to 0.5 % may be more:
 an fp32 gradient finds values that are not finite by multiply-adds too.
 
 **Every time is a bound from arithmetic, not a measurement, and must not be

@@ -323,9 +323,7 @@ def main():
         f'{x["multiply_adds"]:.0f} multiply-adds counted, expected '
         f'{x["expected_multiply_adds"]:.0f}'
         for x in results
-        if not 0
-        <= x['multiply_adds'] / x['expected_multiply_adds'] - 1
-        < 0.003
+        if not 1 <= x['multiply_adds'] / x['expected_multiply_adds'] <= 1.005
     ]
     if wrong:
         fail('counts above are wrong:\n' + '\n'.join(wrong))

@@ -289,6 +289,11 @@ MAY_IMPORT = {
         'mmcarafe.flops',
         'mmcarafe.models',
     },
+    'mmcarafe.visualization': {
+        'mmcarafe.ops',
+        'mmcarafe.upsamplers',
+        'mmcarafe.visualization',
+    },
 }
 # Only inside of a function, so only when it is called.
 MAY_IMPORT_LAZILY = {'mmcarafe.upsamplers.build': {'mmcarafe.registry'}}

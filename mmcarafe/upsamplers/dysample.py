@@ -97,6 +97,13 @@ class DySample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Upsample ``[N, C, H, W]`` to ``[N, C, S*H, S*W]``."""
+        return sample(x, self.offsets(x), self.groups, self.scale_factor)
+
+    def offsets(self, x: Tensor) -> Tensor:
+        """How far from its own place each output pixel is read.
+
+        From ``[N, C, H, W]`` to ``[N, 2*G, S*H, S*W]``: see :func:`sample`.
+        """
         s = self.scale_factor
         source = pixel_shuffle(x, s) if self.style == 'pl' else x
         offset = self.offset(source)
@@ -106,7 +113,7 @@ class DySample(nn.Module):
             offset = offset * 0.25
         if self.style == 'lp':
             offset = pixel_shuffle(offset, s)  # [N, 2*G, S*H, S*W]
-        return sample(x, offset, self.groups, s)
+        return offset
 
 
 def pixel_shuffle(x: Tensor, scale_factor: int) -> Tensor:

@@ -1,0 +1,372 @@
+"""Kernels and features made visible: what is recorded, and what is drawn."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmcarafe.ops import reference
+from mmcarafe.upsamplers import SAPA, build_upsampler, match_size
+from mmcarafe.upsamplers.carafe import bilinear_weights
+from mmcarafe.visualization import (
+    KernelRecorder,
+    Record,
+    center_of_mass,
+    chains,
+    entropy,
+    principal_colors,
+    trace,
+)
+
+C, H, W = 8, 5, 7  # not square, and large enough for a whole window
+
+
+def upsampler(kind, **options):
+    """An upsampler whose kernels differ from pixel to pixel."""
+    module = build_upsampler(dict(type=kind, **options), C, guide_channels=C)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module.eval()
+
+
+def record_one(module, batch=2):
+    x = torch.randn(batch, C, H, W)
+    inputs = [x]
+    if getattr(module, 'guided', False):
+        s = module.scale_factor
+        inputs.append(torch.randn(batch, C, s * H, s * W))
+    with KernelRecorder(module) as recorder, torch.no_grad():
+        out = module(*inputs)
+    out = out[1] if isinstance(out, tuple) else out
+    (record,) = recorder.records
+    assert torch.equal(record.before, x) and torch.equal(record.after, out)
+    return record
+
+
+@pytest.mark.parametrize(
+    'kind, options',
+    [
+        ('CARAFE', {}),
+        ('CARAFE', dict(up_kernel=3, up_group=2, scale_factor=3)),
+        ('CARAFE', dict(border='renormalize')),
+        ('CARAFE', dict(normalizer='sigmoid')),
+        ('DynamicFilter', dict(up_kernel=3)),
+        ('SAPA', {}),
+        ('SAPA', dict(embedding_channels=None, up_kernel=3)),
+        # of which it also upsamples maps of compressed channels, as many
+        ('FreqFusion', dict(compressed_channels=8, up_group=2)),
+    ],
+)
+def test_weights_remake_the_output(kind, options):
+    scale = options.pop('scale_factor', 2)
+    module = build_upsampler(
+        dict(type=kind, **options), C, scale, guide_channels=C
+    )
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    record = record_one(module.eval())
+    k = record.kernel_size
+    assert record.kind == kind and record.scale_factor == scale
+    assert k == options.get('up_kernel', 5)
+    groups = C if kind == 'DynamicFilter' else options.get('up_group', 1)
+    assert record.group_size == groups
+    shape = (2, groups, k * k, scale, scale, H, W)
+    assert record.weights.shape == shape
+    out = reference.reassemble(record.before, record.weights, None)
+    torch.testing.assert_close(out, record.after)
+    corner = record.weights[:, :, 0, :, :, 0, 0]  # outside the map
+    assert (corner == 0).all() == (options.get('border') == 'renormalize')
+    if options.get('normalizer') != 'sigmoid':
+        sums = record.weights.sum(2)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+@pytest.mark.parametrize('style', ['lp', 'pl'])
+def test_positions_remake_the_output(style):
+    module = upsampler('DySample', style=style, groups=2, dyscope=True)
+    record = record_one(module)
+    assert record.weights is None and record.group_size == 2
+    for g in range(2):
+        rows, columns = record.positions[:, g].unbind(1)
+        # grid_sample counts from -1, the first edge, to 1, the last
+        grid = torch.stack(
+            [(2 * columns + 1) / W - 1, (2 * rows + 1) / H - 1], -1
+        )
+        half = slice(g * C // 2, (g + 1) * C // 2)
+        out = F.grid_sample(
+            record.before[:, half],
+            grid,
+            padding_mode='border',
+            align_corners=False,
+        )
+        torch.testing.assert_close(
+            out, record.after[:, half], atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize('kind', ['nearest', 'deconv', 'pixel_shuffle'])
+def test_others_have_no_kernels(kind):
+    record = record_one(upsampler(kind))
+    assert record.scale_factor == 2 and not record.has_kernels
+    assert chains([record]) == {}
+    with pytest.raises(ValueError, match='expected an upsampler with'):
+        center_of_mass(record)
+
+
+def test_a_model_is_left_as_it_was():
+    """Names of nested modules, several calls; and no hooks stay."""
+    model = nn.Sequential(
+        nn.Conv2d(C, C, 1), nn.Sequential(upsampler('CARAFE'))
+    )
+    x = torch.randn(1, C, H, W)
+    plain = model(x)
+    with KernelRecorder(model) as recorder:
+        assert torch.equal(model(x), plain)
+        model(x).sum().backward()
+    model(x)
+    assert [each.name for each in recorder.records] == ['1.0'] * 2
+    for record in recorder.records:
+        assert not record.weights.requires_grad
+        assert not record.after.requires_grad
+    with pytest.raises(TypeError, match='model is a Tensor'):
+        KernelRecorder(x)
+
+
+def test_autocast():
+    module = upsampler('CARAFE')
+    x = torch.randn(1, C, H, W)
+    with KernelRecorder(module) as recorder:
+        with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+            module(x)
+    (record,) = recorder.records
+    assert record.weights.dtype == torch.float32
+    out = reference.reassemble(x, record.weights, None)
+    torch.testing.assert_close(out, record.after.float(), atol=0.05, rtol=0.05)
+
+
+# Functions of kernels
+
+
+def fixed(weights, **more):
+    """A record of kernels that are equal everywhere, ``[K*K, S, S]``."""
+    taps, s, _ = weights.shape
+    return Record(
+        'up',
+        'CARAFE',
+        s,
+        torch.zeros(1, C, H, W),
+        torch.zeros(1, C, s * H, s * W),
+        math.isqrt(taps),
+        1,
+        weights[None, None, ..., None, None].expand(1, 1, -1, -1, -1, H, W),
+    )
+
+
+def test_entropy():
+    even = fixed(torch.full((25, 2, 2), 1 / 25)).weights
+    assert entropy(even).shape == (1, 1, 2 * H, 2 * W)
+    torch.testing.assert_close(entropy(even), torch.ones(1, 1, 2 * H, 2 * W))
+    # one tap; four equal taps, twice as heavy: 0 and 2 bits, side by side
+    weights = torch.zeros(9, 2, 2)
+    weights[4, :, 0] = 1
+    weights[:4, :, 1] = 0.5
+    bits = entropy(fixed(weights).weights, normalized=False)
+    assert (bits[..., ::2] == 0).all()
+    torch.testing.assert_close(
+        bits[..., 1::2], torch.full((1, 1, 2 * H, W), 2.0)
+    )
+    with pytest.raises(ValueError, match='weights are as low as -1'):
+        entropy(-even * 25)
+
+
+@pytest.mark.parametrize('scale_factor', [2, 3])
+def test_center_of_mass(scale_factor):
+    """Zero for bilinear interpolation; one tap to the right is one pixel."""
+    weights = bilinear_weights(5, scale_factor)
+    center = center_of_mass(fixed(weights))
+    s = scale_factor
+    assert center.shape == (1, 1, 2, s * H, s * W)
+    torch.testing.assert_close(
+        center, torch.zeros_like(center), atol=1e-6, rtol=0
+    )
+    right = center_of_mass(fixed(weights.roll(1, 0) * 3))
+    expected = torch.tensor([0.0, 1.0])[:, None, None].expand(center.shape)
+    torch.testing.assert_close(right, expected)
+
+
+def test_center_of_mass_of_dysample():
+    module = upsampler('DySample', groups=2)
+    nn.init.zeros_(module.offset.weight)
+    # to the right for both groups, then downwards, each for 4 subpixels
+    bias = torch.tensor([1.0, 2.0, 3.0, 4.0]).repeat_interleave(4)
+    module.offset.bias.data.copy_(bias)
+    center = center_of_mass(record_one(module))[0, :, :, 3, 3]
+    expected = torch.tensor([[3.0, 1.0], [4.0, 2.0]]) / 4
+    torch.testing.assert_close(center, expected)
+
+
+class TopDown(nn.Module):
+    """A pyramid of three levels whose finest two have an odd size."""
+
+    sizes = [(5, 7), (9, 13), (17, 26)]
+
+    def __init__(self, *kinds):
+        super().__init__()
+        self.ups = nn.ModuleList(kinds)
+
+    def forward(self, levels):
+        x = levels[-1]
+        for up, finer in zip(reversed(self.ups), levels[-2::-1]):
+            out = up(x, pad(finer, x)) if isinstance(up, SAPA) else up(x)
+            x = finer + match_size(out, finer.shape[2:])
+        return x
+
+    def levels(self):
+        return [torch.randn(1, C, *size) for size in reversed(self.sizes)]
+
+
+def pad(finer, x):
+    height, width = (2 * a - b for a, b in zip(x.shape[2:], finer.shape[2:]))
+    return F.pad(finer, (0, width, 0, height))
+
+
+@pytest.mark.parametrize(
+    'kinds',
+    [
+        [('CARAFE', {}), ('CARAFE', {})],
+        [('SAPA', {}), ('CARAFE', dict(up_group=2))],
+        [('DySample', dict(groups=4)), ('CARAFE', dict(up_group=2))],
+    ],
+)
+@pytest.mark.parametrize('pixel', [(0, 0), (16, 25), (8, 11)])
+def test_trace_is_the_gradient_with_frozen_kernels(kinds, pixel):
+    model = TopDown(*(upsampler(kind, **more) for kind, more in kinds))
+    with KernelRecorder(model) as recorder, torch.no_grad():
+        model(model.levels())
+    (chain,) = chains(recorder.records).values()
+    assert [each.name for each in chain] == ['ups.0', 'ups.1']
+    maps = trace(chain, *pixel)
+
+    fine, coarse = (
+        torch.zeros(1, C, *each.before.shape[2:], requires_grad=True)
+        for each in chain
+    )
+    x = coarse
+    x = fine + apply(chain[1], x)[:, :, : fine.shape[2], : fine.shape[3]]
+    x = apply(chain[0], x)
+    # the mean over the channels of one pixel; each channel adds its own
+    grads = torch.autograd.grad(
+        x[0, :, pixel[0], pixel[1]].mean(), (fine, coarse)
+    )
+    for found, grad in zip(maps, grads):
+        torch.testing.assert_close(found, grad[0].sum(0))
+        assert found.count_nonzero() > 0
+
+
+def apply(record, x):
+    """What the record's kernels make of another map, plainly."""
+    if record.weights is None:
+        groups = x.chunk(record.group_size, 1)
+        height, width = x.shape[2:]
+        parts = []
+        for part, (rows, columns) in zip(groups, record.positions[0]):
+            grid = torch.stack(
+                [(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1],
+                -1,
+            )
+            parts.append(
+                F.grid_sample(
+                    part,
+                    grid[None],
+                    padding_mode='border',
+                    align_corners=False,
+                )
+            )
+        return torch.cat(parts, 1)
+    s, k, g = record.scale_factor, record.kernel_size, record.group_size
+    _, _, height, width = x.shape
+    windows = F.unfold(x, k, padding=k // 2).view(
+        g, -1, k * k, 1, 1, height, width
+    )
+    out = (windows * record.weights[0][:, None]).sum(2).flatten(0, 1)
+    return out.permute(0, 3, 1, 4, 2).reshape(1, -1, s * height, s * width)
+
+
+def test_trace_of_bilinear_interpolation():
+    """By hand: between two pixels, and then between those of the next map."""
+    weights = bilinear_weights(3, 2)
+    fine, coarse = fixed(weights), fixed(weights)
+    coarse.before = torch.zeros(1, C, 3, 4)
+    coarse.after = torch.zeros(1, C, 6, 8)
+    coarse.weights = coarse.weights[..., :3, :4]
+    near, far = trace([fine, coarse], 5, 4)
+    expected = torch.zeros(H, W)
+    expected[2:4, 1:3] = torch.tensor([[0.1875, 0.5625], [0.0625, 0.1875]])
+    torch.testing.assert_close(near, expected)
+    torch.testing.assert_close(far.sum(), torch.tensor(1.0))
+    rows, columns = far.sum(1), far.sum(0)
+    # of rows 2 (3/4) and 3 (1/4) below: 1/4, 3/4 and 3/4, 1/4 of 0 .. 2
+    torch.testing.assert_close(
+        rows, torch.tensor([0.75 * 0.25, 0.75 * 0.75 + 0.25 * 0.75, 0.0625])
+    )
+    torch.testing.assert_close(
+        columns,
+        torch.tensor(
+            [0.25 * 0.75 + 0.75 * 0.25, 0.25 * 0.25 + 0.75 * 0.75, 0, 0]
+        ),
+    )
+
+
+def test_trace_says_what_it_cannot():
+    record = fixed(bilinear_weights(3, 2))
+    with pytest.raises(ValueError, match=r'\(10, 0\).* map of 10 x 14'):
+        trace([record], 10, 0)
+    with pytest.raises(ValueError, match='expected a chain, finest first'):
+        trace([record, record], 0, 0)
+    with pytest.raises(ValueError, match='chain is empty'):
+        trace([], 0, 0)
+    other = Record('up', 'EUCB', 2, record.before, record.after)
+    with pytest.raises(ValueError, match='up is a EUCB, expected'):
+        trace([other], 0, 0)
+
+
+def test_chains_of_many_modules():
+    """Of maps that are upsampled side by side, the last ones are a chain."""
+
+    def step(name, height):
+        record = fixed(bilinear_weights(3, 2))
+        record.name = name
+        record.before = torch.zeros(1, C, height, W)
+        record.after = torch.zeros(1, C, 2 * height, 2 * W)
+        return record
+
+    wide = step('head.ups.0.0', 5)
+    wide.before = torch.zeros(1, C, 5, 2 * W - 1)
+    last = step('head.ups.0.1', 5)
+    last.before = torch.zeros(1, C, 5, 2 * W - 1)
+    first = step('head.ups.1.0', 3)
+    records = [first, wide, last, step('ppm.0', 4), step('ppm.1', 4)]
+    assert chains(records) == {
+        'head.ups': [last, first],
+        'ppm': [records[-1]],
+    }
+
+
+def test_principal_colors():
+    """The axis of the largest spread is red, and its ends are 0 and 1."""
+    known = torch.zeros(4, 10, 10)
+    known[2] = torch.arange(100.0).view(10, 10)  # the largest spread
+    known[1] = torch.arange(100.0).view(10, 10).T.cos()
+    shown, moved = principal_colors(known, [known, known + 50])
+    assert shown.shape == (10, 10, 3)
+    assert shown.min() == 0 and shown.max() == 1
+    red = shown[..., 0].flatten()
+    assert (red.diff() >= 0).all() and red[0] == 0 and red[-1] == 1
+    torch.testing.assert_close(
+        red[50].item(), (50 - 1.98) / (97.02 - 1.98), atol=0.01, rtol=0
+    )
+    assert (moved[..., 0] >= shown[..., 0]).all()
+    (two,) = principal_colors(known[1:3], [known[1:3]])
+    assert (two[..., 2] == 0.5).all()

@@ -1,0 +1,645 @@
+"""Figures of what :mod:`mmcarafe.visualization.kernels` records.
+
+They need matplotlib. Each function returns a ``Figure`` that belongs to no
+window: save it with ``figure.savefig(file)``. All are as wide as a page of
+880 pixels at ``dpi=100``; :data:`DPI` makes them sharp on fine screens, too.
+
+Maps are laid over the image by the size of their pixels, their *stride*: 1, 2,
+4 … pixels of the image, which is what the image is as the model gets it.
+Weights and shares are shown in viridis, and points in orange, which
+colour-blind readers tell apart; no meaning hangs on red against green.
+
+Letters are those of :mod:`mmcarafe.ops.carafe`.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from mmcarafe.visualization.kernels import (
+    Record,
+    as_maps,
+    center_of_mass,
+    entropy,
+    principal_colors,
+    trace,
+)
+
+WIDTH = 8.8  # inches: 880 pixels at 100 dpi
+DPI = 200
+HEAT = 'viridis'
+POINT = '#ff7f0e'  # orange
+LINE = '#0b0b0b'
+SMALL, MEDIUM, LARGE = 7.5, 8.5, 10.5  # points
+
+
+def stride_of(image_size: 'tuple[int, int]', size: 'tuple[int, int]') -> int:
+    """How many pixels of the image a pixel of a map is wide: a power of two.
+
+    A map of 4 rows of an image of 97 has pixels of 32 rows: sizes are rounded
+    up where they are halved.
+    """
+    ratio = max(a / b for a, b in zip(image_size, size))
+    return 2 ** max(0, math.ceil(math.log2(ratio) - 1e-6))
+
+
+def kernels_figure(
+    image: np.ndarray,
+    chain: 'list[Record]',
+    points: 'dict[str, tuple[float, float]]',
+    input_size: 'tuple[int, int] | None' = None,
+) -> Figure:
+    """Draw the kernel that serves each point, at each level.
+
+    One row for each point, one column for each step of the chain, coarsest
+    first. On the left the image, with the K×K window in its true size; on the
+    right the kernel, enlarged, in per cent. With several groups, it is their
+    mean. DySample's window shows where it reads, a dot for each group.
+
+    Args:
+        image (ndarray[H_I, W_I, 3]): from 0 to 1, as the model gets it, but
+            without padding.
+        chain (list[Record]): finest first; the first image of the batch is
+            shown.
+        points (dict[str, tuple[float, float]]): name -> column and row in the
+            image, from 0 to W_I and H_I.
+        input_size (tuple[int, int], optional): rows and columns of the padded
+            image; by default those of ``image``.
+    """
+    input_size = input_size or image.shape[:2]
+    steps = chain[::-1]
+    windows = {
+        (name, i): _window(record, point, input_size)
+        for name, point in points.items()
+        for i, record in enumerate(steps)
+    }
+    most = max(
+        [w['weights'].max() for w in windows.values() if 'weights' in w]
+        or [1.0]
+    )
+    aspect = image.shape[0] / image.shape[1]
+    cell = (WIDTH - 0.5) / len(steps)
+    wide = min(1.0, 1 / aspect)
+    row = 0.98 * cell / (wide + 1) * (min(1.0, aspect) if wide == 1 else 1)
+    row = max(row, cell / (wide + 1)) + 0.12
+    figure, top = _figure(
+        row * len(points),
+        'Which pixels of the coarser map each point is made of',
+        'Left: the window in the image, with its weights as heat. Right: the '
+        'window enlarged; × is the point itself.',
+        head=0.45,
+        foot=0.75 if any('weights' in w for w in windows.values()) else 0.2,
+    )
+    grid = figure.add_gridspec(
+        len(points),
+        2 * len(steps),
+        width_ratios=[wide, 1] * len(steps),
+        **_margins(figure, top, left=0.42),
+        wspace=0.06,
+        hspace=0.1,
+    )
+    mesh = None
+    for r, (name, point) in enumerate(points.items()):
+        for i, record in enumerate(steps):
+            left = figure.add_subplot(grid[r, 2 * i])
+            right = figure.add_subplot(grid[r, 2 * i + 1])
+            window = windows[name, i]
+            _draw_window(left, image, window, point, most)
+            mesh = _draw_enlarged(right, window, most) or mesh
+            if i == 0:
+                left.set_ylabel(name, fontsize=MEDIUM)
+            if r == 0:
+                left.set_title(
+                    _heading(record, input_size), fontsize=MEDIUM, loc='left'
+                )
+    if mesh is not None:
+        _color_bar(
+            figure, mesh, 'share of the point that a pixel gives', percent=True
+        )
+    return figure
+
+
+def _window(record, point, input_size):
+    """The kernel of a point: weights or positions, and places in the image."""
+    s = record.scale_factor
+    coarse = stride_of(input_size, record.before.shape[2:])
+    height, width = record.after.shape[2:]
+    column = min(int(point[0] * s // coarse), width - 1)
+    row = min(int(point[1] * s // coarse), height - 1)
+    found = {
+        'stride': coarse,
+        # the source pixel around which the window lies, and the point's own
+        # place, in source pixels from the edge of the map
+        'center': (row // s, column // s),
+        'own': ((row + 0.5) / s, (column + 0.5) / s),
+        'size': record.before.shape[2:],
+    }
+    if record.weights is not None:
+        k = record.kernel_size
+        weights = as_maps(record.weights)[0, :, :, row, column].mean(0)
+        found['kernel_size'] = k
+        found['weights'] = weights.view(k, k).float().cpu().numpy()
+    else:
+        positions = record.positions[0, :, :, row, column] + 0.5
+        reach = (
+            (positions - torch.tensor(found['own']).to(positions)).abs().max()
+        )
+        found['kernel_size'] = 2 * max(1, math.ceil(reach.item())) + 1
+        found['positions'] = positions.float().cpu().numpy()
+    return found
+
+
+def _draw_window(axis, image, window, point, most):
+    _show_image(axis, image)
+    stride, k = window['stride'], window['kernel_size']
+    top, left = (stride * (each - k // 2) for each in window['center'])
+    size = stride * k
+    if 'weights' in window:
+        _heat(axis, window['weights'] / most, (left, top, stride))
+    else:
+        rows, columns = window['positions'].T * stride
+        axis.plot(columns, rows, '.', color=POINT, mec='white', ms=4, mew=0.4)
+    for color, line in (('white', 2.4), (LINE, 1.0)):
+        axis.add_patch(
+            Rectangle((left, top), size, size, fill=False, ec=color, lw=line)
+        )
+    _mark(axis, *point)
+
+
+def _draw_enlarged(axis, window, most):
+    k = window['kernel_size']
+    row, column = window['center']
+    extent = (
+        column - k // 2,
+        column + k // 2 + 1,
+        row + k // 2 + 1,
+        row - k // 2,
+    )
+    mesh = None
+    axis.set_facecolor('#dddddd')
+    if 'weights' in window:
+        mesh = axis.imshow(
+            window['weights'], cmap=HEAT, vmin=0, vmax=most, extent=extent
+        )
+    else:
+        rows, columns = window['positions'].T
+        axis.plot(columns, rows, 'o', color=POINT, mec='white', ms=5, mew=0.6)
+        axis.set_xticks(range(extent[0], extent[1]), minor=True)
+        axis.set_yticks(range(extent[3], extent[2]), minor=True)
+        axis.grid(which='minor', color='white', lw=0.8)
+    # what of the window is outside the map
+    height, width = window['size']
+    outside = np.ones((k, k), bool)
+    rows = np.arange(k) + extent[3]
+    columns = np.arange(k) + extent[0]
+    outside[
+        np.ix_(
+            (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+        )
+    ] = False
+    for i, j in zip(*outside.nonzero()):
+        axis.add_patch(
+            Rectangle(
+                (columns[j], rows[i]),
+                1,
+                1,
+                fill=False,
+                hatch='////',
+                lw=0,
+                ec='white',
+            )
+        )
+    _mark(axis, window['own'][1], window['own'][0])
+    axis.set(
+        xlim=extent[:2], ylim=extent[2:], aspect='equal', xticks=[], yticks=[]
+    )
+    axis.tick_params(which='both', length=0)
+    return mesh
+
+
+def statistics_figure(
+    image: np.ndarray,
+    chain: 'list[Record]',
+    input_size: 'tuple[int, int] | None' = None,
+) -> Figure:
+    """Map how even the kernels are, and whence and how far they draw.
+
+    One column for each step of the chain, coarsest first. With several
+    groups, their mean is shown.
+
+    Args:
+        image (ndarray[H_I, W_I, 3]): see :func:`kernels_figure`.
+        chain (list[Record]): the same.
+        input_size (tuple[int, int], optional): the same.
+    """
+    input_size = input_size or image.shape[:2]
+    steps = chain[::-1]
+    spreads = [_spread(record) for record in steps]
+    rows = 2 if any(each is not None for each in spreads) else 1
+    aspect = image.shape[0] / image.shape[1]
+    cell = (WIDTH - 0.95) / len(steps) * aspect + 0.1
+    figure, top = _figure(
+        cell * rows,
+        'How the kernels differ over the image',
+        'Spread: 1 is the mean of the whole window, 0 a single pixel (entropy '
+        'divided by that of the mean).\nShift: where the centre of mass of '
+        'the kernel lies, seen from the point; bilinear interpolation has '
+        'none.',
+        head=0.4,
+        foot=0.15,
+    )
+    grid = figure.add_gridspec(
+        rows,
+        len(steps) + 1,
+        width_ratios=[*[1] * len(steps), 0.04],
+        **_margins(figure, top, left=0.3, right=0.5),
+        wspace=0.06,
+        hspace=0.08,
+    )
+    moves = [center_of_mass(record)[0].mean(0).float() for record in steps]
+    far = max(move.norm(dim=0).max().item() for move in moves) or 1.0
+    low = min([s.min().item() for s in spreads if s is not None] or [0.0])
+    for i, (record, spread, move) in enumerate(zip(steps, spreads, moves)):
+        axes = [figure.add_subplot(grid[r, i]) for r in range(rows)]
+        axes[0].set_title(
+            _heading(record, input_size), fontsize=MEDIUM, loc='left'
+        )
+        fine = stride_of(input_size, record.before.shape[2:])
+        fine = fine / record.scale_factor
+        if rows == 2:
+            mesh = _show_map(axes[0], image, spread, fine, HEAT, low, 1)
+            if i == 0:
+                axes[0].set_ylabel('Spread', fontsize=MEDIUM)
+                _side_bar(figure, grid[0, -1], mesh, 'entropy / log K²')
+        mesh = _show_map(
+            axes[-1], image, move.norm(dim=0), fine, 'cividis', 0, far
+        )
+        _arrows(axes[-1], image, move, fine, far)
+        if i == 0:
+            axes[-1].set_ylabel('Shift', fontsize=MEDIUM)
+            _side_bar(
+                figure, grid[rows - 1, -1], mesh, 'pixels of the coarser map'
+            )
+    return figure
+
+
+def _spread(record):
+    if record.weights is None or (record.weights < 0).any():
+        return None
+    return entropy(record.weights)[0].mean(0)
+
+
+def _arrows(axis, image, move, fine, far):
+    """About 18 arrows in a row; the longest is as long as their distance."""
+    every = max(1, round(max(image.shape[:2]) / fine / 18))
+    height, width = (
+        min(a, math.ceil(b / fine))
+        for a, b in zip(move.shape[1:], image.shape)
+    )
+    rows = torch.arange(every // 2, height, every)
+    columns = torch.arange(every // 2, width, every)
+    down, right = (m[rows][:, columns].cpu().numpy() for m in move)
+    axis.quiver(
+        (columns.numpy() + 0.5) * fine,
+        (rows.numpy() + 0.5) * fine,
+        right,
+        down,
+        angles='xy',
+        scale_units='xy',
+        scale=far / (1.3 * every * fine),
+        color='white',
+        width=0.006,
+        edgecolor=LINE,
+        linewidth=0.3,
+    )
+
+
+def features_figure(
+    image: np.ndarray,
+    chain: 'list[Record]',
+    input_size: 'tuple[int, int] | None' = None,
+) -> Figure:
+    """Show what went into each upsampler, and what it made of it.
+
+    One row for each step of the chain, coarsest first: the map as it is, which
+    is what nearest interpolation makes of it, upsampled bilinearly, by the
+    model, and how much the last two differ. Colours are the principal
+    components of the map before: see :func:`principal_colors`.
+
+    Args:
+        image (ndarray[H_I, W_I, 3]): see :func:`kernels_figure`.
+        chain (list[Record]): the same. Modules that change the number of
+            channels cannot be shown.
+        input_size (tuple[int, int], optional): the same.
+
+    Raises:
+        ValueError: a map has another number of channels after than before.
+    """
+    input_size = input_size or image.shape[:2]
+    steps = chain[::-1]
+    for record in steps:
+        if record.before.shape[1] != record.after.shape[1]:
+            raise ValueError(
+                f'{record.name} makes {record.after.shape[1]} channels of '
+                f'{record.before.shape[1]}, expected as many'
+            )
+    aspect = image.shape[0] / image.shape[1]
+    cell = (WIDTH - 1.0) / 4 * aspect + 0.1
+    figure, top = _figure(
+        cell * len(steps),
+        'Features before and after upsampling',
+        'Red, green and blue are the three strongest components of the map '
+        'before, in the same range in all of a row.',
+        head=0.25,
+        foot=0.15,
+    )
+    grid = figure.add_gridspec(
+        len(steps),
+        5,
+        width_ratios=[1, 1, 1, 1, 0.05],
+        **_margins(figure, top, left=0.42, right=0.5),
+        wspace=0.06,
+        hspace=0.08,
+    )
+    for r, record in enumerate(steps):
+        before = record.before[:1].float()
+        own = record.after[:1].float()
+        bilinear = F.interpolate(
+            before, own.shape[2:], mode='bilinear', align_corners=False
+        )
+        colors = principal_colors(before[0], [before[0], bilinear[0], own[0]])
+        coarse = stride_of(input_size, before.shape[2:])
+        fine = coarse / record.scale_factor
+        titles = ['nearest (the map before)', 'bilinear', record.kind]
+        for i, (title, shown) in enumerate(zip(titles, colors)):
+            axis = figure.add_subplot(grid[r, i])
+            stride = coarse if i == 0 else fine
+            axis.imshow(
+                shown.cpu().numpy(),
+                extent=_extent(shown, stride),
+                interpolation='nearest',
+            )
+            _frame(axis, image)
+            if r == 0:
+                axis.set_title(title, fontsize=MEDIUM)
+            if i == 0:
+                axis.set_ylabel(_heading(record, input_size), fontsize=SMALL)
+        axis = figure.add_subplot(grid[r, 3])
+        length = before.norm(dim=1).mean().clamp(min=1e-12)
+        apart = (own - bilinear).norm(dim=1)[0] / length
+        mesh = _show_map(
+            axis, image, apart, fine, 'cividis', 0, apart.max().item()
+        )
+        if r == 0:
+            axis.set_title(f'{record.kind} − bilinear', fontsize=MEDIUM)
+        _side_bar(figure, grid[r, 4], mesh, 'difference / mean length')
+    return figure
+
+
+def trace_figure(
+    image: np.ndarray,
+    chain: 'list[Record]',
+    points: 'dict[str, tuple[float, float]]',
+    input_size: 'tuple[int, int] | None' = None,
+) -> Figure:
+    """Draw where each point of the finest map comes from, level by level.
+
+    One row for each point, one column for each level, finest first. The
+    outline encloses nine tenths of the influence. See :func:`trace`.
+
+    Args:
+        image (ndarray[H_I, W_I, 3]): see :func:`kernels_figure`.
+        chain (list[Record]): the same.
+        points (dict[str, tuple[float, float]]): the same.
+        input_size (tuple[int, int], optional): the same.
+    """
+    input_size = input_size or image.shape[:2]
+    aspect = image.shape[0] / image.shape[1]
+    cell = (WIDTH - 0.5) / max(3, len(chain)) * aspect + 0.22
+    figure, top = _figure(
+        cell * len(points),
+        'Where a pixel of the finest map comes from',
+        'Through the upsamplers alone. Heat: the influence of a pixel of that '
+        'level. Outline: nine tenths of all of it.',
+        head=0.4,
+        foot=0.75,
+    )
+    columns = max(3, len(chain))
+    grid = figure.add_gridspec(
+        len(points),
+        columns,
+        **_margins(figure, top, left=0.3),
+        wspace=0.06,
+        hspace=0.14,
+    )
+    mesh = None
+    for r, (name, point) in enumerate(points.items()):
+        s = chain[0].scale_factor
+        fine = stride_of(input_size, chain[0].before.shape[2:]) / s
+        height, width = chain[0].after.shape[2:]
+        maps = trace(
+            chain,
+            min(int(point[1] // fine), height - 1),
+            min(int(point[0] // fine), width - 1),
+        )
+        for i, (record, influence) in enumerate(zip(chain, maps)):
+            axis = figure.add_subplot(grid[r, i])
+            stride = stride_of(input_size, record.before.shape[2:])
+            _show_image(axis, image)
+            shown = influence.float().cpu().numpy()
+            most = max(shown.max(), 1e-12)
+            mesh = _heat(axis, shown / most, (0, 0, stride))
+            _outline(axis, shown, stride)
+            _mark(axis, *point)
+            axis.set_xlabel(
+                f'sum {shown.sum():.0%}, at most {most:.1%}',
+                fontsize=SMALL,
+                labelpad=2,
+            )
+            if i == 0:
+                axis.set_ylabel(name, fontsize=MEDIUM)
+            if r == 0:
+                axis.set_title(
+                    f'pixels of {stride} × {stride}\n'
+                    f'(before {_short(record.name)})',
+                    fontsize=MEDIUM,
+                    loc='left',
+                )
+    _color_bar(
+        figure, mesh, 'influence, of the largest in the picture', percent=True
+    )
+    return figure
+
+
+def _outline(axis, influence, stride):
+    """Around the fewest pixels that hold nine tenths of the influence."""
+    flat = np.sort(np.clip(influence, 0, None).ravel())[::-1]
+    if flat.sum() <= 0:
+        return
+    needed = np.searchsorted(flat.cumsum(), 0.9 * flat.sum())
+    inside = influence >= flat[min(needed, len(flat) - 1)]
+    inside = np.pad(inside, 1)
+    lines = []
+    for i, j in zip(*np.nonzero(inside[1:] != inside[:-1])):
+        lines.append([(j - 1, i), (j, i)])
+    for i, j in zip(*np.nonzero(inside[:, 1:] != inside[:, :-1])):
+        lines.append([(j, i - 1), (j, i)])
+    for color, line in (('white', 2.2), (LINE, 0.9)):
+        for ends in lines:
+            x, y = np.array(ends).T * stride
+            axis.plot(x, y, color=color, lw=line, solid_capstyle='round')
+
+
+# Parts
+
+
+def _figure(height, title, text, head, foot):
+    """A figure whose panels take ``height`` inches below its headings.
+
+    Returns:
+        tuple[Figure, tuple[float, float]]: the figure, and how many inches
+        are above and below the panels.
+    """
+    lines = text.count('\n') + 1
+    above = 0.36 + 0.17 * lines + head
+    figure = Figure(figsize=(WIDTH, height + above + foot), dpi=DPI)
+    FigureCanvasAgg(figure)
+    total = figure.get_figheight()
+    figure.text(
+        0.012, 1 - 0.1 / total, title, va='top', size=LARGE, weight='bold'
+    )
+    figure.text(0.012, 1 - 0.33 / total, text, va='top', size=MEDIUM)
+    return figure, (above, foot)
+
+
+def _margins(figure, above_and_below, left=0.1, right=0.1):
+    """For a gridspec, from inches."""
+    above, below = above_and_below
+    width, height = figure.get_size_inches()
+    return dict(
+        left=left / width,
+        right=1 - right / width,
+        top=1 - above / height,
+        bottom=below / height,
+    )
+
+
+def _heading(record, input_size):
+    coarse = stride_of(input_size, record.before.shape[2:])
+    fine = coarse // record.scale_factor
+    return f'pixels of {coarse} → {fine}\n{record.kind}, {_short(record.name)}'
+
+
+def _short(name):
+    """The last parts of a dotted name, which tell modules apart."""
+    return '.'.join(name.split('.')[-2:]) or 'the model'
+
+
+def _extent(shown, stride):
+    height, width = shown.shape[:2]
+    return (0, width * stride, height * stride, 0)
+
+
+def _frame(axis, image):
+    """Limit to the image: maps may reach beyond it, into the padding."""
+    height, width = image.shape[:2]
+    axis.set(
+        xlim=(0, width),
+        ylim=(height, 0),
+        xticks=[],
+        yticks=[],
+        aspect='equal',
+    )
+
+
+def _show_image(axis, image):
+    """In grey and pale, so that heat stands out."""
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    axis.imshow(
+        0.35 + 0.6 * grey,
+        cmap='gray',
+        vmin=0,
+        vmax=1,
+        extent=_extent(image, 1),
+        interpolation='nearest',
+    )
+    _frame(axis, image)
+
+
+def _show_map(axis, image, values, stride, cmap, low, high):
+    mesh = axis.imshow(
+        values.float().cpu().numpy(),
+        cmap=cmap,
+        vmin=low,
+        vmax=high,
+        extent=_extent(values, stride),
+        interpolation='nearest',
+    )
+    _frame(axis, image)
+    return mesh
+
+
+def _heat(axis, shares, place):
+    """Lay shares from 0 to 1 over the image, the small ones transparent."""
+    left, top, stride = place
+    height, width = shares.shape
+    shares = np.clip(shares, 0, 1)
+    limits = axis.get_xlim(), axis.get_ylim()
+    mesh = axis.imshow(
+        shares,
+        cmap=HEAT,
+        vmin=0,
+        vmax=1,
+        alpha=0.85 * np.sqrt(shares),
+        extent=(
+            left,
+            left + width * stride,
+            top + height * stride,
+            top,
+        ),
+        interpolation='nearest',
+    )
+    axis.set(xlim=limits[0], ylim=limits[1])
+    return mesh
+
+
+def _mark(axis, x, y):
+    for color, size, line in (('white', 6.5, 2.6), (POINT, 5.5, 1.4)):
+        axis.plot(x, y, 'x', color=color, ms=size, mew=line, clip_on=False)
+
+
+def _color_bar(figure, mesh, text, percent=False):
+    width, height = figure.get_size_inches()
+    axis = figure.add_axes([0.3, 0.46 / height, 0.4, 0.1 / height])
+    _bar(figure, mesh, axis, text, 'horizontal', percent)
+
+
+def _side_bar(figure, place, mesh, text):
+    _bar(figure, mesh, figure.add_subplot(place), text, 'vertical', False)
+
+
+def _bar(figure, mesh, axis, text, orientation, percent):
+    # not of the mesh itself, whose transparency the bar would inherit
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import PercentFormatter
+
+    bar = figure.colorbar(
+        ScalarMappable(mesh.norm, mesh.cmap),
+        cax=axis,
+        orientation=orientation,
+        format=PercentFormatter(1) if percent else None,
+    )
+    bar.set_label(text, fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
+    bar.outline.set_linewidth(0.5)
+
+
+def to_image(pixels: Tensor) -> np.ndarray:
+    """From ``[3, H, W]`` in any range of 8 bits to what figures take."""
+    return (pixels.permute(1, 2, 0).float() / 255).clamp(0, 1).cpu().numpy()

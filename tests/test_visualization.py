@@ -370,3 +370,125 @@ def test_principal_colors():
     assert (moved[..., 0] >= shown[..., 0]).all()
     (two,) = principal_colors(known[1:3], [known[1:3]])
     assert (two[..., 2] == 0.5).all()
+
+
+# Figures
+
+
+@pytest.fixture
+def figures():
+    pytest.importorskip('matplotlib', reason='matplotlib is not installed')
+    from mmcarafe.visualization import figures
+
+    return figures
+
+
+def one_hot(places, size=(10, 14)):
+    """A record whose kernels are one tap, at a chosen output pixel."""
+    weights = torch.zeros(1, 1, 25, 2, 2, H, W)
+    weights[:, :, 12] = 1
+    record = fixed(torch.zeros(25, 2, 2))
+    for row, column, tap in places:
+        weights[:, :, :, row % 2, column % 2, row // 2, column // 2] = 0
+        weights[:, :, tap, row % 2, column % 2, row // 2, column // 2] = 1
+    record.weights = weights
+    record.name = 'neck.ups.0'
+    record.before = torch.randn(1, C, H, W)
+    record.after = torch.randn(1, C, 2 * H, 2 * W)
+    return record
+
+
+def test_strides(figures):
+    assert figures.stride_of((97, 97), (4, 4)) == 32
+    assert figures.stride_of((97, 97), (25, 25)) == 4
+    assert figures.stride_of((64, 96), (64, 96)) == 1
+
+
+def test_a_window_lies_where_it_is_read(figures):
+    """Pixels of 8 in an image of 40 x 56; two rows above the point's own."""
+    image = torch.rand(5 * 8, 7 * 8, 3).numpy()
+    record = one_hot([(5, 9, 2)])  # tap 2: two rows up, same column
+    point = (9 * 4 + 1.0, 5 * 4 + 1.0)  # in output pixel (5, 9), of 4 x 4
+    figure = figures.kernels_figure(image, [record], {'here': point})
+    left, right = figure.axes[:2]
+    _, heat = left.images
+    # around source pixel (2, 4): from 2 before it to 2 behind it
+    assert heat.get_extent() == [16, 56, 40, 0]
+    assert heat.get_array()[0, 2] == 1 and heat.get_array().sum() == 1
+    assert right.images[0].get_extent() == [2, 7, 5, 0]
+    (cross, _) = right.lines
+    assert cross.get_xydata().tolist() == [[4.75, 2.75]]
+    assert [box.get_xy() for box in left.patches] == [(16, 0)] * 2
+    assert left.patches[0].get_width() == 40
+    assert right.patches == [] or len(right.patches) == 0
+    assert right.get_xlabel() == 'largest 100%'
+
+
+def test_taps_outside_the_map_are_hatched(figures):
+    image = torch.rand(40, 56, 3).numpy()
+    figure = figures.kernels_figure(
+        image, [one_hot([])], {'corner': (0.5, 0.5)}
+    )
+    places = {patch.get_xy() for patch in figure.axes[1].patches}
+    outside = {
+        (x, y) for x in range(-2, 3) for y in range(-2, 3) if min(x, y) < 0
+    }
+    assert places == outside
+
+
+def test_the_outline_holds_nine_tenths(figures):
+    image = torch.rand(40, 56, 3).numpy()
+    record = one_hot([])
+    weights = bilinear_weights(5, 2)[None, None, ..., None, None]
+    record.weights = weights.expand(-1, -1, -1, -1, -1, H, W)
+    points = {'a': (21.0, 21.0), 'b': (1.0, 1.0)}
+    figure = figures.trace_figure(image, [record], points)
+    axis, corner = figure.axes[:2]
+    # 9/16, 3/16 and 3/16: 15/16 of it; an L of three pixels, twice 8 edges
+    edges = [line for line in axis.lines if len(line.get_xdata()) == 2]
+    assert len(edges) == 2 * 8
+    assert axis.get_xlabel() == 'sum 100%, largest 56%'
+    assert corner.get_xlabel() == 'sum 56%, largest 56%'
+
+
+@pytest.mark.parametrize('kind', ['CARAFE', 'DySample'])
+def test_every_figure_fits_its_page(figures, kind):
+    """Headings and labels lie inside, and do not cover each other."""
+    model = TopDown(upsampler(kind), upsampler(kind))
+    model.sizes = [(4, 6), (8, 12), (16, 24)]
+    with KernelRecorder(model) as recorder, torch.no_grad():
+        model(model.levels())
+    (chain,) = chains(recorder.records).values()
+    for record in chain:
+        record.name = f'decode_head.fuse_upsample_modules.{record.name[-1]}'
+    image = torch.rand(62, 93, 3).numpy()  # was padded to 64 x 96
+    points = {'at the border': (0.5, 31.0), '(92, 61)': (92.5, 61.5)}
+    drawn = [
+        figures.kernels_figure(image, chain, points, (64, 96)),
+        figures.statistics_figure(image, chain, (64, 96)),
+        figures.features_figure(image, chain, (64, 96)),
+        figures.trace_figure(image, chain, points, (64, 96)),
+    ]
+    for figure in drawn:
+        assert figure.get_figwidth() == 8.8
+        figure.canvas.draw()
+        texts = list(figure.texts)
+        for axis in figure.axes:
+            texts += [axis.title, axis._left_title, axis.xaxis.label]
+            texts += [axis.yaxis.label]
+        texts = [text for text in texts if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        for text, box in zip(texts, boxes):
+            name = text.get_text()
+            assert box.count_overlaps(boxes) == 1, name  # itself
+            assert figure.bbox.x0 <= box.x0, name
+            assert box.x1 <= figure.bbox.x1, name
+            assert figure.bbox.y0 <= box.y0, name
+            assert box.y1 <= figure.bbox.y1, name
+
+
+def test_features_with_other_channels_are_refused(figures):
+    record = one_hot([])
+    record.after = record.after[:, :3]
+    with pytest.raises(ValueError, match='makes 3 channels of 8'):
+        figures.features_figure(torch.rand(40, 56, 3).numpy(), [record])

@@ -13,13 +13,17 @@ Letters are those of :mod:`mmcarafe.ops.carafe`.
 """
 
 import math
+import re
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from mmcarafe.visualization.kernels import (
@@ -36,6 +40,10 @@ DPI = 200
 HEAT = 'viridis'
 POINT = '#ff7f0e'  # orange
 LINE = '#0b0b0b'
+SIZES = (
+    'Headings say which square of image pixels one pixel of a map covers, '
+    'before → after.'
+)
 SMALL, MEDIUM, LARGE = 7.5, 8.5, 10.5  # points
 
 
@@ -83,16 +91,21 @@ def kernels_figure(
         [w['weights'].max() for w in windows.values() if 'weights' in w]
         or [1.0]
     )
+    # An even kernel of 25 taps and a single tap are both to be seen.
+    norm = PowerNorm(0.5, 0, most)
     aspect = image.shape[0] / image.shape[1]
     cell = (WIDTH - 0.5) / len(steps)
     wide = min(1.0, 1 / aspect)
     row = 0.98 * cell / (wide + 1) * (min(1.0, aspect) if wide == 1 else 1)
-    row = max(row, cell / (wide + 1)) + 0.12
+    row = max(row, cell / (wide + 1)) + 0.2
     figure, top = _figure(
         row * len(points),
-        'Which pixels of the coarser map each point is made of',
+        f'Which pixels of a coarser map a point is made of: {_list_of(chain)}',
         'Left: the window in the image, with its weights as heat. Right: the '
-        'window enlarged; × is the point itself.',
+        'window enlarged, and its largest weight.\n'
+        'Ring and × are the point. What is hatched lies outside the map, and '
+        'reads zero.\n'
+        f'{SIZES}',
         head=0.45,
         foot=0.75 if any('weights' in w for w in windows.values()) else 0.2,
     )
@@ -102,7 +115,7 @@ def kernels_figure(
         width_ratios=[wide, 1] * len(steps),
         **_margins(figure, top, left=0.42),
         wspace=0.06,
-        hspace=0.1,
+        hspace=0.16,
     )
     mesh = None
     for r, (name, point) in enumerate(points.items()):
@@ -110,8 +123,8 @@ def kernels_figure(
             left = figure.add_subplot(grid[r, 2 * i])
             right = figure.add_subplot(grid[r, 2 * i + 1])
             window = windows[name, i]
-            _draw_window(left, image, window, point, most)
-            mesh = _draw_enlarged(right, window, most) or mesh
+            _draw_window(left, image, window, point, norm)
+            mesh = _draw_enlarged(right, window, norm) or mesh
             if i == 0:
                 left.set_ylabel(name, fontsize=MEDIUM)
             if r == 0:
@@ -155,13 +168,13 @@ def _window(record, point, input_size):
     return found
 
 
-def _draw_window(axis, image, window, point, most):
+def _draw_window(axis, image, window, point, norm):
     _show_image(axis, image)
     stride, k = window['stride'], window['kernel_size']
     top, left = (stride * (each - k // 2) for each in window['center'])
     size = stride * k
     if 'weights' in window:
-        _heat(axis, window['weights'] / most, (left, top, stride))
+        _heat(axis, window['weights'], (left, top, stride), norm)
     else:
         rows, columns = window['positions'].T * stride
         axis.plot(columns, rows, '.', color=POINT, mec='white', ms=4, mew=0.4)
@@ -172,7 +185,7 @@ def _draw_window(axis, image, window, point, most):
     _mark(axis, *point)
 
 
-def _draw_enlarged(axis, window, most):
+def _draw_enlarged(axis, window, norm):
     k = window['kernel_size']
     row, column = window['center']
     extent = (
@@ -185,7 +198,7 @@ def _draw_enlarged(axis, window, most):
     axis.set_facecolor('#dddddd')
     if 'weights' in window:
         mesh = axis.imshow(
-            window['weights'], cmap=HEAT, vmin=0, vmax=most, extent=extent
+            window['weights'], cmap=HEAT, norm=norm, extent=extent
         )
     else:
         rows, columns = window['positions'].T
@@ -215,7 +228,10 @@ def _draw_enlarged(axis, window, most):
                 ec='white',
             )
         )
-    _mark(axis, window['own'][1], window['own'][0])
+    _mark(axis, window['own'][1], window['own'][0], 'x')
+    if 'weights' in window:
+        largest = f'largest {_percent(window["weights"].max())}'
+        axis.set_xlabel(largest, fontsize=SMALL, labelpad=2)
     axis.set(
         xlim=extent[:2], ylim=extent[2:], aspect='equal', xticks=[], yticks=[]
     )
@@ -243,30 +259,37 @@ def statistics_figure(
     spreads = [_spread(record) for record in steps]
     rows = 2 if any(each is not None for each in spreads) else 1
     aspect = image.shape[0] / image.shape[1]
-    cell = (WIDTH - 0.95) / len(steps) * aspect + 0.1
+    cell = (WIDTH - 0.95) / (len(steps) + 1) * aspect + 0.1
     figure, top = _figure(
         cell * rows,
-        'How the kernels differ over the image',
-        'Spread: 1 is the mean of the whole window, 0 a single pixel (entropy '
-        'divided by that of the mean).\nShift: where the centre of mass of '
-        'the kernel lies, seen from the point; bilinear interpolation has '
-        'none.',
+        f'How the kernels differ over the image: {_list_of(chain)}',
+        'Spread: 1 is the mean of the whole window, 0 a single pixel. It is '
+        "the kernel's entropy, divided by that of the mean.\n"
+        "Shift: how far the kernel's centre of mass lies from the point; "
+        'arrows show where. Bilinear interpolation has none.\n'
+        f'{SIZES}',
         head=0.4,
         foot=0.15,
     )
     grid = figure.add_gridspec(
         rows,
-        len(steps) + 1,
-        width_ratios=[*[1] * len(steps), 0.04],
+        len(steps) + 2,
+        width_ratios=[1, *[1] * len(steps), 0.05],
         **_margins(figure, top, left=0.3, right=0.5),
         wspace=0.06,
         hspace=0.08,
     )
+    for r in range(rows):
+        axis = figure.add_subplot(grid[r, 0])
+        _show_image(axis, image, pale=False)
+        axis.set_ylabel(['Spread', 'Shift'][r - rows], fontsize=MEDIUM)
+        if r == 0:
+            axis.set_title('the image', fontsize=MEDIUM, loc='left')
     moves = [center_of_mass(record)[0].mean(0).float() for record in steps]
     far = max(move.norm(dim=0).max().item() for move in moves) or 1.0
     low = min([s.min().item() for s in spreads if s is not None] or [0.0])
     for i, (record, spread, move) in enumerate(zip(steps, spreads, moves)):
-        axes = [figure.add_subplot(grid[r, i]) for r in range(rows)]
+        axes = [figure.add_subplot(grid[r, i + 1]) for r in range(rows)]
         axes[0].set_title(
             _heading(record, input_size), fontsize=MEDIUM, loc='left'
         )
@@ -275,14 +298,12 @@ def statistics_figure(
         if rows == 2:
             mesh = _show_map(axes[0], image, spread, fine, HEAT, low, 1)
             if i == 0:
-                axes[0].set_ylabel('Spread', fontsize=MEDIUM)
                 _side_bar(figure, grid[0, -1], mesh, 'entropy / log K²')
         mesh = _show_map(
             axes[-1], image, move.norm(dim=0), fine, 'cividis', 0, far
         )
-        _arrows(axes[-1], image, move, fine, far)
+        _arrows(axes[-1], image, move, fine)
         if i == 0:
-            axes[-1].set_ylabel('Shift', fontsize=MEDIUM)
             _side_bar(
                 figure, grid[rows - 1, -1], mesh, 'pixels of the coarser map'
             )
@@ -295,16 +316,20 @@ def _spread(record):
     return entropy(record.weights)[0].mean(0)
 
 
-def _arrows(axis, image, move, fine, far):
-    """About 18 arrows in a row; the longest is as long as their distance."""
-    every = max(1, round(max(image.shape[:2]) / fine / 18))
+def _arrows(axis, image, move, fine):
+    """About 13 in a row, all of the same length: colours say how far."""
+    every = max(1, round(max(image.shape[:2]) / fine / 13))
+    every += 1 - every % 2  # odd, so that all subpixels are met
     height, width = (
         min(a, math.ceil(b / fine))
         for a, b in zip(move.shape[1:], image.shape)
     )
     rows = torch.arange(every // 2, height, every)
     columns = torch.arange(every // 2, width, every)
-    down, right = (m[rows][:, columns].cpu().numpy() for m in move)
+    chosen = move.cpu()[:, rows][:, :, columns]
+    length = chosen.norm(dim=0)
+    chosen = torch.where(length < 0.1, float('nan'), chosen / length)
+    down, right = chosen.numpy()
     axis.quiver(
         (columns.numpy() + 0.5) * fine,
         (rows.numpy() + 0.5) * fine,
@@ -312,11 +337,15 @@ def _arrows(axis, image, move, fine, far):
         down,
         angles='xy',
         scale_units='xy',
-        scale=far / (1.3 * every * fine),
+        scale=1 / (0.8 * every * fine),
+        pivot='middle',
         color='white',
-        width=0.006,
+        width=0.012,
+        headwidth=3.5,
+        headlength=3.5,
+        headaxislength=3,
         edgecolor=LINE,
-        linewidth=0.3,
+        linewidth=0.4,
     )
 
 
@@ -350,19 +379,20 @@ def features_figure(
                 f'{record.before.shape[1]}, expected as many'
             )
     aspect = image.shape[0] / image.shape[1]
-    cell = (WIDTH - 1.0) / 4 * aspect + 0.1
+    cell = (WIDTH - 1.0) / 5 * aspect + 0.1
     figure, top = _figure(
         cell * len(steps),
-        'Features before and after upsampling',
+        f'Features before and after upsampling: {_list_of(chain)}',
         'Red, green and blue are the three strongest components of the map '
-        'before, in the same range in all of a row.',
+        'before, in the same range in all of a row.\n'
+        f'{SIZES}',
         head=0.25,
         foot=0.15,
     )
     grid = figure.add_gridspec(
         len(steps),
-        5,
-        width_ratios=[1, 1, 1, 1, 0.05],
+        6,
+        width_ratios=[1, 1, 1, 1, 1, 0.06],
         **_margins(figure, top, left=0.42, right=0.5),
         wspace=0.06,
         hspace=0.08,
@@ -376,9 +406,14 @@ def features_figure(
         colors = principal_colors(before[0], [before[0], bilinear[0], own[0]])
         coarse = stride_of(input_size, before.shape[2:])
         fine = coarse / record.scale_factor
-        titles = ['nearest (the map before)', 'bilinear', record.kind]
+        axis = figure.add_subplot(grid[r, 0])
+        _show_image(axis, image, pale=False)
+        axis.set_ylabel(_heading(record, input_size), fontsize=SMALL)
+        if r == 0:
+            axis.set_title('the image', fontsize=MEDIUM)
+        titles = ['before = nearest', 'bilinear', record.kind]
         for i, (title, shown) in enumerate(zip(titles, colors)):
-            axis = figure.add_subplot(grid[r, i])
+            axis = figure.add_subplot(grid[r, i + 1])
             stride = coarse if i == 0 else fine
             axis.imshow(
                 shown.cpu().numpy(),
@@ -388,9 +423,7 @@ def features_figure(
             _frame(axis, image)
             if r == 0:
                 axis.set_title(title, fontsize=MEDIUM)
-            if i == 0:
-                axis.set_ylabel(_heading(record, input_size), fontsize=SMALL)
-        axis = figure.add_subplot(grid[r, 3])
+        axis = figure.add_subplot(grid[r, 4])
         length = before.norm(dim=1).mean().clamp(min=1e-12)
         apart = (own - bilinear).norm(dim=1)[0] / length
         mesh = _show_map(
@@ -398,7 +431,7 @@ def features_figure(
         )
         if r == 0:
             axis.set_title(f'{record.kind} − bilinear', fontsize=MEDIUM)
-        _side_bar(figure, grid[r, 4], mesh, 'difference / mean length')
+        _side_bar(figure, grid[r, 5], mesh, 'share of mean length')
     return figure
 
 
@@ -410,7 +443,7 @@ def trace_figure(
 ) -> Figure:
     """Draw where each point of the finest map comes from, level by level.
 
-    One row for each point, one column for each level, finest first. The
+    One column for each point, one row for each level, finest first. The
     outline encloses nine tenths of the influence. See :func:`trace`.
 
     Args:
@@ -420,59 +453,64 @@ def trace_figure(
         input_size (tuple[int, int], optional): the same.
     """
     input_size = input_size or image.shape[:2]
+    strides = [
+        stride_of(input_size, record.before.shape[2:]) for record in chain
+    ]
+    fine = strides[0] / chain[0].scale_factor
+    height, width = chain[0].after.shape[2:]
     aspect = image.shape[0] / image.shape[1]
-    cell = (WIDTH - 0.5) / max(3, len(chain)) * aspect + 0.22
+    columns = max(3, len(points))
+    cell = (WIDTH - 0.55) / columns * aspect + 0.24
     figure, top = _figure(
-        cell * len(points),
-        'Where a pixel of the finest map comes from',
-        'Through the upsamplers alone. Heat: the influence of a pixel of that '
-        'level. Outline: nine tenths of all of it.',
-        head=0.4,
+        cell * len(chain),
+        f'Where a pixel of the finest map comes from: {_list_of(chain)}',
+        f'The pixel covers {fine:g} × {fine:g} pixels of the image, in the '
+        'ring. Only the upsamplers count.\n'
+        'Heat: what a pixel of the level adds to it. Outline: the fewest '
+        'pixels that add nine tenths of the sum.\n'
+        'The sum is less than 100% where kernels reach beyond the border.',
+        head=0.25,
         foot=0.75,
     )
-    columns = max(3, len(chain))
     grid = figure.add_gridspec(
-        len(points),
+        len(chain),
         columns,
-        **_margins(figure, top, left=0.3),
+        **_margins(figure, top, left=0.45),
         wspace=0.06,
-        hspace=0.14,
+        hspace=0.16,
     )
     mesh = None
-    for r, (name, point) in enumerate(points.items()):
-        s = chain[0].scale_factor
-        fine = stride_of(input_size, chain[0].before.shape[2:]) / s
-        height, width = chain[0].after.shape[2:]
+    for c, (name, point) in enumerate(points.items()):
         maps = trace(
             chain,
             min(int(point[1] // fine), height - 1),
             min(int(point[0] // fine), width - 1),
         )
-        for i, (record, influence) in enumerate(zip(chain, maps)):
-            axis = figure.add_subplot(grid[r, i])
-            stride = stride_of(input_size, record.before.shape[2:])
+        for r, (record, influence) in enumerate(zip(chain, maps)):
+            axis = figure.add_subplot(grid[r, c])
             _show_image(axis, image)
             shown = influence.float().cpu().numpy()
             most = max(shown.max(), 1e-12)
-            mesh = _heat(axis, shown / most, (0, 0, stride))
-            _outline(axis, shown, stride)
+            mesh = _heat(
+                axis, shown / most, (0, 0, strides[r]), Normalize(0, 1)
+            )
+            _outline(axis, shown, strides[r])
             _mark(axis, *point)
             axis.set_xlabel(
-                f'sum {shown.sum():.0%}, at most {most:.1%}',
+                f'sum {_percent(shown.sum())}, largest {_percent(most)}',
                 fontsize=SMALL,
                 labelpad=2,
             )
-            if i == 0:
-                axis.set_ylabel(name, fontsize=MEDIUM)
-            if r == 0:
-                axis.set_title(
-                    f'pixels of {stride} × {stride}\n'
-                    f'(before {_short(record.name)})',
-                    fontsize=MEDIUM,
-                    loc='left',
+            if c == 0:
+                axis.set_ylabel(
+                    f'pixels of {strides[r]} × {strides[r]}\n'
+                    f'before {_number(record.name)}',
+                    fontsize=SMALL,
                 )
+            if r == 0:
+                axis.set_title(name, fontsize=MEDIUM)
     _color_bar(
-        figure, mesh, 'influence, of the largest in the picture', percent=True
+        figure, mesh, 'share of the largest in the same picture', percent=True
     )
     return figure
 
@@ -533,12 +571,25 @@ def _margins(figure, above_and_below, left=0.1, right=0.1):
 def _heading(record, input_size):
     coarse = stride_of(input_size, record.before.shape[2:])
     fine = coarse // record.scale_factor
-    return f'pixels of {coarse} → {fine}\n{record.kind}, {_short(record.name)}'
+    return (
+        f'{coarse} × {coarse} → {fine} × {fine} pixels\n'
+        f'{record.kind}, {_number(record.name)}'
+    )
 
 
-def _short(name):
-    """The last parts of a dotted name, which tell modules apart."""
-    return '.'.join(name.split('.')[-2:]) or 'the model'
+def _list_of(chain):
+    """The dotted name that the modules of a chain have in common."""
+    return re.sub(r'(\.\d+)+$', '', chain[0].name) or 'the model'
+
+
+def _number(name):
+    """What tells a module apart from others in its list."""
+    found = re.search(r'\d+(\.\d+)*$', name)
+    return f'module {found[0]}' if found else name.split('.')[-1]
+
+
+def _percent(share):
+    return f'{share:.0%}' if share >= 0.01 or share == 0 else f'{share:.1%}'
 
 
 def _extent(shown, stride):
@@ -558,17 +609,17 @@ def _frame(axis, image):
     )
 
 
-def _show_image(axis, image):
-    """In grey and pale, so that heat stands out."""
+def _show_image(axis, image, pale=True):
+    """In grey and pale, so that heat stands out; or in its colours."""
     grey = image @ np.array([0.299, 0.587, 0.114])
-    axis.imshow(
-        0.35 + 0.6 * grey,
-        cmap='gray',
-        vmin=0,
-        vmax=1,
-        extent=_extent(image, 1),
-        interpolation='nearest',
-    )
+    low, high = np.percentile(grey, (1, 99))  # dark images are seen, too
+    span = max(high - low, 1e-6)
+    if pale:
+        image = 0.35 + 0.65 * np.repeat((grey[..., None] - low) / span, 3, 2)
+    else:
+        image = (image - min(low, image.min())) / max(high, 1e-6)
+    image = image.clip(0, 1)
+    axis.imshow(image, extent=_extent(image, 1), interpolation='nearest')
     _frame(axis, image)
 
 
@@ -585,33 +636,36 @@ def _show_map(axis, image, values, stride, cmap, low, high):
     return mesh
 
 
-def _heat(axis, shares, place):
-    """Lay shares from 0 to 1 over the image, the small ones transparent."""
+def _heat(axis, values, place, norm):
+    """Lay values over the image, the small ones transparent."""
     left, top, stride = place
-    height, width = shares.shape
-    shares = np.clip(shares, 0, 1)
+    height, width = values.shape
     limits = axis.get_xlim(), axis.get_ylim()
     mesh = axis.imshow(
-        shares,
+        values,
         cmap=HEAT,
-        vmin=0,
-        vmax=1,
-        alpha=0.85 * np.sqrt(shares),
-        extent=(
-            left,
-            left + width * stride,
-            top + height * stride,
-            top,
-        ),
+        norm=norm,
+        alpha=0.85 * np.clip(norm(values), 0, 1) ** 0.7,
+        extent=(left, left + width * stride, top + height * stride, top),
         interpolation='nearest',
     )
     axis.set(xlim=limits[0], ylim=limits[1])
     return mesh
 
 
-def _mark(axis, x, y):
-    for color, size, line in (('white', 6.5, 2.6), (POINT, 5.5, 1.4)):
-        axis.plot(x, y, 'x', color=color, ms=size, mew=line, clip_on=False)
+def _mark(axis, x, y, marker='o'):
+    """A ring, in which the point can be seen, or a cross."""
+    for color, line in (('white', 2.6), (POINT, 1.4)):
+        axis.plot(
+            x,
+            y,
+            marker,
+            color=color,
+            mfc='none',
+            ms=8 if marker == 'o' else 6,
+            mew=line,
+            clip_on=False,
+        )
 
 
 def _color_bar(figure, mesh, text, percent=False):
@@ -626,15 +680,21 @@ def _side_bar(figure, place, mesh, text):
 
 def _bar(figure, mesh, axis, text, orientation, percent):
     # not of the mesh itself, whose transparency the bar would inherit
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.ticker import PercentFormatter
-
     bar = figure.colorbar(
         ScalarMappable(mesh.norm, mesh.cmap),
         cax=axis,
         orientation=orientation,
-        format=PercentFormatter(1) if percent else None,
+        format=PercentFormatter(1, decimals=0) if percent else None,
     )
+    if percent and isinstance(mesh.norm, PowerNorm):
+        bar.set_ticks(
+            [
+                t
+                for t in (0, 0.01, 0.04, 0.1, 0.25, 0.5, 1)
+                if t <= mesh.norm.vmax
+            ]
+        )
+        bar.ax.minorticks_off()
     bar.set_label(text, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     bar.outline.set_linewidth(0.5)

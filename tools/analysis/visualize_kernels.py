@@ -43,6 +43,7 @@ import _checkpoints  # noqa: E402
 import _cli  # noqa: E402
 from _cli import CFG_OPTIONS, fail, say, some  # noqa: E402
 
+MOST = 6  # points, for which a picture has room
 KINDS = (CARAFE, SAPA, FreqFusion, DySample)
 SCORE = 0.3  # of a detection that counts as found
 
@@ -87,6 +88,8 @@ def read_points(words, image):
     if words is None:
         return None
     height, width = image.shape[:2]
+    if len(words) > MOST:
+        fail(f'--points: expected at most {MOST} points, got {len(words)}')
     points = {}
     for word in words:
         try:

@@ -18,7 +18,7 @@ _NEEDS = {
 
 def __getattr__(name):
     # `import mmcarafe` by itself imports neither torch nor a host project.
-    if name in ('ops', 'upsamplers', 'models'):
+    if name in ('ops', 'upsamplers', 'models', 'visualization'):
         return importlib.import_module(f'mmcarafe.{name}')
     if name in _NEEDS:
         missing = [module for module in _NEEDS[name] if not find_spec(module)]

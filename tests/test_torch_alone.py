@@ -122,6 +122,22 @@ for cfg in COMPARED.values():
     assert output.split() == [cfg['type'] for cfg in COMPARED.values()]
 
 
+def test_it_records_kernels(python):
+    python(
+        '-c',
+        """
+import torch
+from mmcarafe import CARAFE
+from mmcarafe.visualization import KernelRecorder, entropy
+
+with KernelRecorder(CARAFE(8)) as recorder:
+    recorder.model(torch.rand(1, 8, 3, 5))
+(record,) = recorder.records
+assert entropy(record.weights).shape == (1, 1, 6, 10)
+""",
+    )
+
+
 def test_it_swaps(python):
     output = python(
         '-c',

@@ -1,10 +1,14 @@
 """Kernels and features made visible: what is recorded, and what is drawn."""
 
 import math
+import struct
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import nn
 
 from mmcarafe.ops import reference
@@ -492,3 +496,203 @@ def test_features_with_other_channels_are_refused(figures):
     record.after = record.after[:, :3]
     with pytest.raises(ValueError, match='makes 3 channels of 8'):
         figures.features_figure(torch.rand(40, 56, 3).numpy(), [record])
+
+
+# The tool
+
+
+SHAPES = 'configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
+NUCLEI = 'configs/nuclei/upernet-carafe_r18_nuclei.py'
+NEAREST = 'configs/shapes/faster-rcnn_r18_fpn-nearest_shapes.py'
+
+
+@pytest.fixture(scope='module')
+def tool():
+    for name in ('matplotlib', 'mmdet', 'mmseg'):
+        pytest.importorskip(name, reason=f'{name} is not installed')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / 'tools/analysis')
+        import visualize_kernels
+
+        yield visualize_kernels
+
+
+@pytest.fixture(scope='module')
+def files(tool, tmp_path_factory):
+    """An image of a bright square, and an untrained model's checkpoints."""
+    import cv2
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    folder = tmp_path_factory.mktemp('files')
+    cv2.imwrite(str(folder / 'image.png'), square())
+    (folder / 'text.png').write_text('no image')
+    (folder / 'empty.png').touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for config in (SHAPES, NUCLEI, NEAREST):
+            cfg = Config.fromfile(config)
+            init_default_scope(cfg.default_scope)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # mmseg's, about its losses
+                model = MODELS.build(cfg.model)
+            torch.save(model.state_dict(), folder / f'{Path(config).stem}.pth')
+    return folder
+
+
+def square():
+    np = pytest.importorskip('numpy', reason='numpy is not installed')
+    image = np.full((75, 90, 3), 40, np.uint8)
+    image[20:50, 30:66] = (80, 160, 240)
+    return image
+
+
+def run(tool, monkeypatch, *arguments):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr('sys.argv', ['', *map(str, arguments)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # mmseg's, about its losses
+        tool.main()
+
+
+@pytest.mark.parametrize(
+    'config, lists',
+    [
+        (SHAPES, ['neck_upsample_modules']),
+        (
+            NUCLEI,
+            [
+                'decode_head_fpn_upsample_modules',
+                'decode_head_fuse_upsample_modules',
+            ],
+        ),
+    ],
+)
+def test_pictures(tool, files, config, lists, tmp_path, monkeypatch, capsys):
+    checkpoint = files / f'{Path(config).stem}.pth'
+    out = tmp_path / 'new' / 'folder'
+    arguments = [config, checkpoint, files / 'image.png', '--out', out]
+    if config == NUCLEI:
+        arguments += ['--points', '0,0', '89,74']
+    run(tool, monkeypatch, *arguments)
+    names = [
+        f'{name}_{end}.png'
+        for name in lists
+        for end in ('kernels', 'spread_and_shift', 'features', 'trace')
+    ]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    for name in names:
+        header = (out / name).read_bytes()[:24]
+        # sharp where a page shows it 880 pixels wide
+        assert struct.unpack('>I', header[16:20]) == (2 * 880,)
+    printed = capsys.readouterr().out
+    assert [
+        line.split('/')[-1]
+        for line in printed.splitlines()
+        if line.startswith('wrote ')
+    ] == names
+    if config == NUCLEI:
+        assert 'point (89, 74): column 89, row 74' in printed
+        assert 'not drawn: decode_head.ppm_upsample_modules.0' in printed
+    else:
+        # an untrained detector is sure of nothing
+        assert 'the model finds no object' in printed
+        assert 'point strong edge 1' in printed
+        assert 'point at the border: column 0' in printed
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(config='none.py'), 'config: there is no file none.py'),
+        (dict(image='none.png'), 'image: there is no file '),
+        (dict(image='text.png'), 'image: expected an image, '),
+        (dict(image='empty.png'), 'image: expected an image, '),
+        (dict(points=['3']), '--points: expected X,Y such as 40,25, got 3'),
+        (dict(points=['3,nan']), '--points: expected X from 0 to 89 and Y '),
+        (
+            dict(points=['4,5', '90,5']),
+            '--points: expected X from 0 to 89 and Y from 0 to 74, inside '
+            'the image, got 90,5',
+        ),
+        (dict(points=['1,1'] * 7), '--points: expected at most 6 points'),
+        (dict(config=NEAREST), 'its model has no upsampler with kernels'),
+        (dict(checkpoint='none.pth'), 'there is no checkpoint '),
+        (
+            dict(checkpoint=Path(NUCLEI).stem + '.pth'),
+            ' does not fit this config: ',
+        ),
+        (dict(out='image.png'), '--out: expected a folder, '),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else '',
+)
+def test_mistakes_are_named(
+    tool, files, changes, message, tmp_path, monkeypatch
+):
+    out = tmp_path / 'out'
+    if 'out' in changes:
+        out = files / changes['out']
+    arguments = [
+        changes.get('config', SHAPES),
+        files / changes.get('checkpoint', Path(SHAPES).stem + '.pth'),
+        files / changes.get('image', 'image.png'),
+        *('--out', out),
+    ]
+    if 'points' in changes:
+        arguments += ['--points', *changes['points']]
+    with pytest.raises(SystemExit) as error:
+        run(tool, monkeypatch, *arguments)
+    assert str(error.value).startswith('error: ')
+    assert message in str(error.value) and '\n' not in str(error.value)
+    assert out.is_file() or not out.exists()
+
+
+def test_points_of_a_box(tool):
+    """On the edge and at a corner of what is in the box, not of the box."""
+    found = instances(tool, [[0, 0, 90, 75], [28, 17, 70, 53]], [0.2, 0.9])
+    points, how = tool.choose_points(square(), found)
+    assert 'an object of score 0.90' in how
+    assert [*points] == [
+        'inside an object',
+        'on its edge',
+        'at its corner',
+        'at the border',
+    ]
+    inside, edge, corner, border = points.values()
+    assert inside == (49, 35) and border == (0.5, 35)
+    assert abs(edge[0] - 66) < 1.5 and edge[1] == 35.5
+    assert any(
+        math.dist(corner, (x, y)) < 3 for x in (30, 66) for y in (20, 50)
+    )
+
+
+def instances(tool, boxes, scores):
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    return DetDataSample(
+        pred_instances=InstanceData(
+            bboxes=torch.tensor(boxes).float(), scores=torch.tensor(scores)
+        )
+    )
+
+
+def test_points_of_a_label_map(tool):
+    """Of the largest region that the border does not cut off."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    labels = torch.zeros(1, 75, 90)
+    labels[:, 60:, :] = 1
+    labels[:, 20:50, 30:66] = 2
+    labels[:, 5:10, 5:10] = 2
+    sample = SegDataSample(pred_sem_seg=PixelData(data=labels))
+    points, how = tool.choose_points(square(), sample)
+    assert f'a region of {30 * 36} pixels' in how
+    inside, edge, corner, _ = points.values()
+    assert labels[0, int(inside[1]), int(inside[0])] == 2
+    assert edge[1] in (20.5, 49.5)  # the nearer sides
+    assert corner[0] in (30.5, 65.5) and corner[1] in (20.5, 49.5)
+    labels.zero_()
+    points, how = tool.choose_points(square(), sample)
+    assert 'finds no object' in how and 'strong edge 3' in points

@@ -589,6 +589,8 @@ def _number(name):
 
 
 def _percent(share):
+    if 0 < share < 0.001:
+        return '< 0.1%'
     return f'{share:.0%}' if share >= 0.01 or share == 0 else f'{share:.1%}'
 
 
@@ -617,7 +619,7 @@ def _show_image(axis, image, pale=True):
     if pale:
         image = 0.35 + 0.65 * np.repeat((grey[..., None] - low) / span, 3, 2)
     else:
-        image = (image - min(low, image.min())) / max(high, 1e-6)
+        image = image / max(np.percentile(image, 99.5), 1e-6)
     image = image.clip(0, 1)
     axis.imshow(image, extent=_extent(image, 1), interpolation='nearest')
     _frame(axis, image)

@@ -90,13 +90,13 @@ class KernelRecorder:
                 f'model is a {type(model).__name__}, expected an nn.Module'
             )
         self.records = []
-        self._model = model
+        self.model = model
         self._handles = []
         self._calls = []  # of upsamplers that are running, innermost last
         self._mode = _Listener(self._calls)
 
     def __enter__(self):
-        for name, module in self._model.named_modules():
+        for name, module in self.model.named_modules():
             if isinstance(module, _TYPES):
                 self._handles += [
                     module.register_forward_pre_hook(self._begin),

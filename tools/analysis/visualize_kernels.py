@@ -179,7 +179,7 @@ def choose_points(image, sample):
             x, y = (left + right) / 2, (top + bottom) / 2
             to = right - x, bottom - y
             edge = _on_ray(edges, (x, y), (to[0], 0))
-            corner = _on_ray(edges, (x, y), to)
+            corner = _corner(image, found[0])
         else:
             (x, y), edge, corner = _of_mask(mask)
         points = {
@@ -268,6 +268,27 @@ def _on_ray(edges, start, to):
     y = np.clip(start[1] + shares * to[1], 0, edges.shape[0] - 1)
     best = edges[y.astype(int), x.astype(int)].argmax()
     return int(x[best]) + 0.5, int(y[best]) + 0.5
+
+
+def _corner(image, box):
+    """The sharpest corner in a box, but for its middle."""
+    left, top, right, bottom = box
+    allowed = np.zeros(image.shape[:2], np.uint8)
+    for share, value in ((1.1, 255), (0.5, 0)):
+        x, y = ((a + b) / 2 for a, b in ((left, right), (top, bottom)))
+        w, h = (share * (b - a) / 2 for a, b in ((left, right), (top, bottom)))
+        rows, columns = (
+            slice(max(0, round(at - far)), max(0, round(at + far)))
+            for at, far in ((y, h), (x, w))
+        )
+        allowed[rows, columns] = value
+    grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    grey = cv2.GaussianBlur(grey, (0, 0), 1)
+    found = cv2.goodFeaturesToTrack(grey, 1, 0.01, 1, mask=allowed)
+    if found is None:  # all of it is even
+        return right, bottom
+    x, y = found[0, 0]
+    return x + 0.5, y + 0.5
 
 
 def _strongest(edges, number):

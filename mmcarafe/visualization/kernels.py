@@ -162,19 +162,16 @@ def _copy(x):
 
 def _find_weights(x, calls, scale_factor):
     """Of the call that upsampled x; FreqFusion upsamples other maps, too."""
-    calls = [
-        call
-        for call in calls
-        if call[0].shape == x.shape and call[1].shape[3] == scale_factor
-    ]
-    if not calls:
-        return None
-    same = [call for call in calls if call[0].data_ptr() == x.data_ptr()]
-    # Under autocast the operator may have got a copy of x.
-    _, scores, normalizer, *border = same[0] if same else calls[-1]
-    scores = reference.accumulable(scores.detach())
-    scores = reference.exclude_outside(scores, *(border or ['zeros']))
-    return reference.normalize(scores, normalizer).clone()
+    for features, scores, normalizer, *border in calls:
+        if (
+            features.shape == x.shape
+            and features.data_ptr() == x.data_ptr()
+            and scores.shape[3] == scale_factor
+        ):
+            scores = reference.accumulable(scores.detach())
+            scores = reference.exclude_outside(scores, *(border or ['zeros']))
+            return reference.normalize(scores, normalizer).clone()
+    return None
 
 
 def _positions(offset, record):

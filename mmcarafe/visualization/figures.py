@@ -95,19 +95,26 @@ def kernels_figure(
     norm = PowerNorm(0.5, 0, most)
     aspect = image.shape[0] / image.shape[1]
     cell = (WIDTH - 0.5) / len(steps)
-    wide = min(1.0, 1 / aspect)
-    row = 0.98 * cell / (wide + 1) * (min(1.0, aspect) if wide == 1 else 1)
-    row = max(row, cell / (wide + 1)) + 0.2
-    figure, top = _figure(
-        row * len(points),
-        f'Which pixels of a coarser map a point is made of: {_list_of(chain)}',
+    wide = min(1.6, max(0.6, 1 / aspect))  # of a panel that is 1 high
+    row = cell / (wide + 1) * max(1, wide * aspect) + 0.2
+    weighted = any('weights' in w for w in windows.values())
+    text = (
         'Left: the window in the image, with its weights as heat. Right: the '
         'window enlarged, and its largest weight.\n'
         'Ring and × are the point. What is hatched lies outside the map, and '
-        'reads zero.\n'
-        f'{SIZES}',
+        'reads zero.'
+        if weighted
+        else 'Left: the window in the image. Right: the window enlarged. Dots '
+        'are where it is read, one for each group of channels.\n'
+        'Ring and × are the point. What is hatched lies outside the map, and '
+        'reads its border.'
+    )
+    figure, top = _figure(
+        row * len(points),
+        f'Which pixels of a coarser map a point is made of: {_list_of(chain)}',
+        f'{text}\n{SIZES}',
         head=0.45,
-        foot=0.75 if any('weights' in w for w in windows.values()) else 0.2,
+        foot=0.75 if weighted else 0.2,
     )
     grid = figure.add_gridspec(
         len(points),
@@ -260,11 +267,14 @@ def statistics_figure(
     rows = 2 if any(each is not None for each in spreads) else 1
     aspect = image.shape[0] / image.shape[1]
     cell = (WIDTH - 0.95) / (len(steps) + 1) * aspect + 0.1
+    text = (
+        'Spread: 1 is the mean of the whole window, 0 a single pixel. It is '
+        "the kernel's entropy, divided by that of the mean.\n"
+    ) * (rows - 1)
     figure, top = _figure(
         cell * rows,
         f'How the kernels differ over the image: {_list_of(chain)}',
-        'Spread: 1 is the mean of the whole window, 0 a single pixel. It is '
-        "the kernel's entropy, divided by that of the mean.\n"
+        f'{text}'
         "Shift: how far the kernel's centre of mass lies from the point; "
         'arrows show where. Bilinear interpolation has none.\n'
         f'{SIZES}',

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import types
 
+import fake_gpu
 import pytest
 import torch
 from cases import (
@@ -409,19 +410,10 @@ def test_unknown_option(name, option, dtype):
         getattr(kernels, name)(*arguments(name, *args))
 
 
-class _Clock:
-    """A CUDA event: each interval is shorter than the one before."""
+class _Clock(fake_gpu._Event):
+    """Each interval is shorter than the one before."""
 
     intervals = 0
-
-    def __init__(self, enable_timing):
-        pass
-
-    def record(self):
-        pass
-
-    def synchronize(self):
-        pass
 
     def elapsed_time(self, end):
         _Clock.intervals += 1
@@ -722,7 +714,6 @@ def test_writing_again_waits_for_the_first_writing(name, compile_for):
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
 def test_kernel_that_is_not_loaded_in_a_capture(monkeypatch):
-    import fake_gpu
     import triton
 
     monkeypatch.setattr(triton.runtime.driver, '_active', fake_gpu.Driver())
@@ -748,7 +739,6 @@ def test_kernel_that_is_not_loaded_in_a_capture(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason='nothing compiles in the interpreter')
 def test_a_launch_is_prepared_once(monkeypatch):
     """And again for what Triton compiles anew, or what was pinned."""
-    import fake_gpu
     import triton
 
     monkeypatch.setattr(triton.runtime.driver, '_active', fake_gpu.Driver())

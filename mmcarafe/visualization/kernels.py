@@ -196,23 +196,18 @@ def own_places(
     Returns:
         Tensor[2, S*H, S*W]: row and column, in source pixels.
     """
-    rows, columns = (
-        (
-            torch.arange(
-                length * scale_factor, dtype=like.dtype, device=like.device
-            )
-            + 0.5
-        )
+    lines = (
+        (torch.arange(length * scale_factor, dtype=like.dtype) + 0.5)
         / scale_factor
         - 0.5
         for length in size
     )
-    return torch.stack(
-        [
-            rows[:, None].expand(-1, len(columns)),
-            columns.expand(len(rows), -1),
-        ]
-    )
+    return _mesh(*lines).to(like.device)
+
+
+def _mesh(rows, columns):
+    """Row and column of each place, ``[2, len(rows), len(columns)]``."""
+    return torch.stack(torch.meshgrid(rows, columns, indexing='ij'))
 
 
 def as_maps(weights: Tensor) -> Tensor:
@@ -273,10 +268,7 @@ def center_of_mass(record: Record) -> Tensor:
         p = as_maps(record.weights)
         tap = torch.arange(record.kernel_size, dtype=p.dtype, device=p.device)
         tap = tap - record.kernel_size // 2
-        k = record.kernel_size
-        window = torch.stack(
-            [tap[:, None].expand(k, k), tap.expand(k, k)]
-        ).flatten(1)  # [2, K*K]
+        window = _mesh(tap, tap).flatten(1)  # [2, K*K]
         moved = torch.einsum('ngkhw,ak->ngahw', p, window)
         moved = moved / p.sum(2)[:, :, None]
         # rows and columns of the source pixels that the windows lie around
@@ -284,9 +276,7 @@ def center_of_mass(record: Record) -> Tensor:
         height, width = p.shape[-2:]
         rows = torch.arange(height, device=p.device) // s
         columns = torch.arange(width, device=p.device) // s
-        places = moved + torch.stack(
-            [rows[:, None].expand(height, width), columns.expand(height, -1)]
-        )
+        places = moved + _mesh(rows, columns)
     return places - own_places(
         record.before.shape[2:], record.scale_factor, places
     )
@@ -374,8 +364,8 @@ def trace(chain: 'list[Record]', row: int, column: int) -> 'list[Tensor]':
     groups = 1  # the least common multiple
     for record in chain:
         groups *= record.group_size // math.gcd(groups, record.group_size)
-    like = chain[0].weights if chain[0].positions is None else None
-    like = chain[0].positions if like is None else like
+    finest = chain[0]
+    like = finest.weights if finest.positions is None else finest.positions
     # one channel for each group of channels that may be treated alike
     influence = like.new_zeros(1, groups, height, width)
     influence[:, :, row, column] = 1

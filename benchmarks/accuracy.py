@@ -39,6 +39,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -104,6 +105,9 @@ TASKS = {
     ),
 }
 PLACES = ('ppm', 'fpn', 'fuse')  # of CARAFEUPerHead
+ARM = re.compile(
+    r'(?P<upsampler>[a-z0-9-]+)(@(?P<places>[a-z+]+))?(:(?P<factor>\d+(\.\d+)?))?'
+)
 SAME_RUN = ('data', 'task', 'arm', 'seed', 'iters', 'lr')
 WARMUP = 0.1  # share of the iterations
 BAND = 2  # pixels, of boundary IoU
@@ -213,8 +217,7 @@ def configure(args, arm, seed=0, work_dir='work_dirs'):
     task = TASKS[args.task]
     name = f'{task["config"]}_{args.data}.py'
     cfg = Config.fromfile(ROOT / 'configs' / args.data / name)
-    upsampler, _, places = arm.partition('@')
-    places = places.split('+') if places else PLACES
+    upsampler, places, factor = parse_arm(arm)
     if args.task == 'seg':
         head = cfg.model.decode_head
         for place in PLACES:
@@ -231,6 +234,13 @@ def configure(args, arm, seed=0, work_dir='work_dirs'):
         if arm == task['baseline']:
             neck.type = 'FPN'
             del neck.upsample_cfg
+    if factor != 1:
+        # The longest key that a parameter's name contains decides; the names
+        # of upsamplers' parameters, and no others, contain this one.
+        keys = cfg.optim_wrapper.setdefault('paramwise_cfg', {})
+        keys = keys.setdefault('custom_keys', {})
+        around = keys.get('head' if args.task == 'seg' else 'neck', {})
+        keys['upsample'] = dict(lr_mult=factor * around.get('lr_mult', 1))
 
     cfg.work_dir = str(work_dir)
     # mmengine reuses what has the same name in one process
@@ -311,11 +321,31 @@ def train(args, arm, seed):
         'start': pairing.start,
         'batches': pairing.batches,
         'batch_size': cfg.train_dataloader.batch_size,
-        'upsampler': UPSAMPLERS[arm.partition('@')[0]],
+        'upsampler': UPSAMPLERS[parse_arm(arm)[0]],
         'optim_wrapper': cfg.optim_wrapper.to_dict(),
         'param_scheduler': [dict(each) for each in cfg.param_scheduler],
         'environment': {**machine, 'numpy': np.__version__},
     }
+
+
+def parse_arm(arm):
+    """The upsampler's name, its places and the factor of its learning rate.
+
+    Raises:
+        ValueError: the name does not say all this.
+    """
+    match = ARM.fullmatch(arm)
+    if not match or match['upsampler'] not in UPSAMPLERS:
+        raise ValueError(f'{arm}, expected one of {", ".join(UPSAMPLERS)}')
+    places = match['places'].split('+') if match['places'] else PLACES
+    if not set(places) <= set(PLACES):
+        raise ValueError(
+            f'{arm}, expected places out of {", ".join(PLACES)}, joined by +'
+        )
+    factor = float(match['factor'] or 1)
+    if not 0 < factor < math.inf:
+        raise ValueError(f'{arm}, expected a factor of more than 0')
+    return match['upsampler'], places, factor
 
 
 def run_key(args, arm, seed):
@@ -477,16 +507,12 @@ def check(args):
     if args.lr is not None and not 0 < args.lr < math.inf:
         _cli.fail(f'--lr: {args.lr}, expected more than 0')
     for arm in args.arms:
-        upsampler, at, places = arm.partition('@')
-        if upsampler not in UPSAMPLERS:
-            _cli.fail(f'--arms: {upsampler}, expected {", ".join(UPSAMPLERS)}')
-        if at and args.task != 'seg':
+        try:
+            parse_arm(arm)
+        except ValueError as error:
+            _cli.fail(f'--arms: {error}')
+        if '@' in arm and args.task != 'seg':
             _cli.fail(f'--arms: {arm}, but only --task seg has places')
-        if at and not set(places.split('+')) <= set(PLACES):
-            _cli.fail(
-                f'--arms: {arm}, expected places out of '
-                f'{", ".join(PLACES)}, joined by +'
-            )
     args.out = args.out.resolve()
     args.data_root = (args.data_root or ROOT / 'data' / args.data).resolve()
     cfg = configure(args, args.arms[0])
@@ -513,7 +539,8 @@ def parse(argv):
         required=True,
         metavar='ARM',
         help=f'{", ".join(UPSAMPLERS)}; for --task seg also with places, as '
-        'carafe@ppm+fuse: the others stay bilinear',
+        'carafe@ppm+fuse: the others stay bilinear; and with a factor of the '
+        "upsamplers' learning rate, as carafe:0.1",
     )
     parser.add_argument('--seeds', type=int, nargs='+', required=True)
     parser.add_argument('--iters', type=int, required=True)

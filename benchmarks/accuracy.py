@@ -237,10 +237,13 @@ def configure(args, arm, seed=0, work_dir='work_dirs'):
     if factor != 1:
         # The longest key that a parameter's name contains decides; the names
         # of upsamplers' parameters, and no others, contain this one.
-        keys = cfg.optim_wrapper.setdefault('paramwise_cfg', {})
-        keys = keys.setdefault('custom_keys', {})
+        keys = cfg.optim_wrapper.get('paramwise_cfg', {})
+        keys = keys.get('custom_keys', {})
         around = keys.get('head' if args.task == 'seg' else 'neck', {})
-        keys['upsample'] = dict(lr_mult=factor * around.get('lr_mult', 1))
+        slowed = dict(lr_mult=factor * around.get('lr_mult', 1))
+        cfg.merge_from_dict(
+            {'optim_wrapper.paramwise_cfg.custom_keys.upsample': slowed}
+        )
 
     cfg.work_dir = str(work_dir)
     # mmengine reuses what has the same name in one process
@@ -336,7 +339,7 @@ def parse_arm(arm):
     """
     match = ARM.fullmatch(arm)
     if not match or match['upsampler'] not in UPSAMPLERS:
-        raise ValueError(f'{arm}, expected one of {", ".join(UPSAMPLERS)}')
+        raise ValueError(f'{arm}, expected {", ".join(UPSAMPLERS)}')
     places = match['places'].split('+') if match['places'] else PLACES
     if not set(places) <= set(PLACES):
         raise ValueError(

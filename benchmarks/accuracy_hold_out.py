@@ -3,9 +3,9 @@
     python benchmarks/accuracy_hold_out.py data/nuclei data/nuclei_hold_out
 
 Every fourth training image, in the order of the file names, becomes a
-validation image of the new data set; the others stay training images. The
-validation images of the old one are not in it, so what accuracy.py finds there,
-with ``--data-root``, may decide about settings. Images are linked, not copied.
+validation image of the new data set; the others stay training images. The old
+validation images are not in it, so what accuracy.py finds there, with
+``--data-root``, may decide about settings. Images are linked, not copied.
 """
 
 import argparse

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mmengine.optim import build_optim_wrapper
 
 from mmcarafe import CARAFE
 
@@ -194,6 +195,42 @@ def test_shared_layers_are_copied(nuclei, tmp_path, accuracy):
         accuracy.copy_weights(reference, model)
 
 
+@pytest.mark.parametrize(
+    'task, arm, rate',
+    [
+        ('seg', 'freqfusion:0.1', 0.002),
+        ('seg', 'freqfusion@fpn:0.5', 0.01),
+        ('seg', 'carafe', 0.02),
+        ('det', 'sapa:0.1', 0.0001),
+        ('det', 'sapa', 0.001),
+    ],
+)
+def test_learning_rate_of_upsamplers(
+    task, arm, rate, accuracy, nuclei, tmp_path
+):
+    """A factor reaches all their layers and no other layer."""
+    args = accuracy.parse(
+        arguments(nuclei, tmp_path / 'x', 'nearest', task=task)
+    )
+
+    def rates(arm):
+        cfg = accuracy.configure(args, arm)
+        model = accuracy.MODELS.build(cfg.model)
+        optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+        names = {value: name for name, value in model.named_parameters()}
+        return {
+            names[value]: group['lr']
+            for group in optimizer.param_groups
+            for value in group['params']
+        }
+
+    shared, all_rates = rates('nearest'), rates(arm)
+    own = all_rates.keys() - shared.keys()
+    assert own
+    assert all(all_rates[name] == pytest.approx(rate) for name in own)
+    assert all(all_rates[name] == lr for name, lr in shared.items())
+
+
 @pytest.fixture
 def quick(accuracy, recorded, monkeypatch):
     """Lines without training; counts what would have been trained."""
@@ -363,6 +400,8 @@ def test_recorded_twice(accuracy, recorded):
     [
         (['--arms', 'cubic'], '--arms: cubic, expected nearest, bilinear, '),
         (['--arms', 'carafe', 'carafe'], '--arms: carafe is given twice'),
+        (['--arms', 'carafe:'], '--arms: carafe:, expected nearest'),
+        (['--arms', 'carafe:0'], '--arms: carafe:0, expected a factor of mo'),
         (['--arms', 'carafe@neck'], '--arms: carafe@neck, expected places ou'),
         (['--arms', 'carafe@fpn', '--task', 'det'], 'only --task seg has pla'),
         (['--seeds', '3', '3'], '--seeds: 3 is given twice'),
@@ -400,3 +439,37 @@ def test_a_file_of_something_else(accuracy, nuclei, tmp_path):
         with pytest.raises(SystemExit, match=message):
             accuracy.main(command)
     assert out.read_text() == '{"data": "nuclei"}\n'
+
+
+def test_hold_out(nuclei, tmp_path, capsys, monkeypatch):
+    """Every fourth training image and its boxes; no validation image."""
+    import accuracy_hold_out
+
+    target = tmp_path / 'held'
+    monkeypatch.setattr(sys, 'argv', ['', str(nuclei), str(target)])
+    accuracy_hold_out.main()
+    assert '6 training and 3 validation images' in capsys.readouterr().out
+
+    coco = json.loads((nuclei / 'annotations/train.json').read_text())
+    held = ['0.png', '4.png', '8.png']
+    for split, kept in (('train', False), ('val', True)):
+        images = [
+            x for x in coco['images'] if (x['file_name'] in held) == kept
+        ]
+        names = {image['file_name'] for image in images}
+        for folder in ('images', 'semantic'):
+            files = list((target / folder / split).iterdir())
+            assert {file.name for file in files} == names
+            for file in files:
+                original = nuclei / folder / 'train' / file.name
+                assert file.read_bytes() == original.read_bytes()
+        new = json.loads((target / f'annotations/{split}.json').read_text())
+        assert new['images'] == images
+        ids = [image['id'] for image in images]
+        assert new['annotations'] == [
+            box for box in coco['annotations'] if box['image_id'] in ids
+        ]
+        assert new['categories'] == coco['categories']
+    with pytest.raises(SystemExit):
+        accuracy_hold_out.main()
+    assert 'exists, expected a new folder' in capsys.readouterr().err

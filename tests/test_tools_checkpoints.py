@@ -445,7 +445,7 @@ CONSUMED = 'counts only while the config file is read; set instead:'
     [
         (
             'data_root=/x',
-            f'--cfg-options data_root: data_root {CONSUMED} '
+            f'--cfg-options data_root: data_root {CONSUMED} --data-root, or '
             'train_dataloader.dataset.data_root, '
             'val_dataloader.dataset.data_root, '
             'test_dataloader.dataset.data_root$',

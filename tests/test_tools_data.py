@@ -1,7 +1,9 @@
 """Which data the tools refuse, and when they say so."""
 
+import copy
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -778,3 +780,68 @@ def test_two_processes_with_workers_end_at_one_wrong_label_map(
         f'error: the label map {data}/{LABEL_MAP} holds the value 44, but the '
         'labels of its 6 classes are 1 to 6'
     ) in stderr.splitlines()
+
+
+MASK_RCNN = 'configs/mask_rcnn/mask-rcnn_r50_fpn-carafe_1x_coco.py'
+
+
+@pytest.mark.parametrize(
+    'config, files',
+    [
+        (MASK_RCNN, 'annotations/instances_val2017.json'),
+        (UPERNET, None),
+        ('configs/nuclei/upernet_r18_nuclei.py', None),
+        (SHAPES, 'annotations/instances_validation.json'),
+    ],
+)
+def test_data_elsewhere(config, files):
+    """--data-root reaches all loaders and evaluators, and nothing else."""
+    cfg = Config.fromfile(ROOT / config)
+    before = copy.deepcopy(cfg.to_dict())
+    import_module('_cli').move_data_root(cfg, '/elsewhere')
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert Path(dataset.data_root) == Path('/elsewhere')
+        before[f'{split}_dataloader']['dataset']['data_root'] = '/elsewhere/'
+        if files and split != 'train':
+            key = f'{split}_evaluator'
+            assert cfg[key].ann_file == f'/elsewhere/{files}'
+            before[key]['ann_file'] = cfg[key].ann_file
+    assert cfg.to_dict() == before
+
+
+def test_data_elsewhere_inside_a_wrapper(refused, tmp_path):
+    config = tmp_path / 'repeated.py'
+    config.write_text(
+        f'_base_ = {str(ROOT / SHAPES)!r}\n'
+        'train_dataloader = dict(dataset=dict(\n'
+        "    _delete_=True, type='RepeatDataset', times=2, dataset=dict(\n"
+        "        type='CocoDataset', data_root='data/shapes/')))\n"
+    )
+    assert refused('train', config, '--data-root', 'no/where') == (
+        'train_dataloader.dataset.dataset.data_root: there is no no/where/'
+    )
+
+
+@pytest.mark.parametrize(
+    'line, roots',
+    [
+        (
+            "train_dataloader = dict(dataset=dict(data_root='a'))",
+            'a, data/s.*',
+        ),
+        (
+            'train_dataloader = val_dataloader = test_dataloader = dict('
+            'dataset=dict(data_root=None))',
+            'none',
+        ),
+    ],
+)
+def test_no_single_folder_of_data(refused, tmp_path, line, roots):
+    config = tmp_path / 'config.py'
+    config.write_text(f'_base_ = {str(ROOT / SHAPES)!r}\n{line}\n')
+    assert re.fullmatch(
+        f'--data-root: expected a config with one data_root, got {roots}; '
+        'set each by --cfg-options',
+        refused('train', config, '--data-root', 'x'),
+    )

@@ -89,6 +89,11 @@ def make_parser(description):
     )
     parser.add_argument('--cfg-options', **CFG_OPTIONS)
     parser.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help="folder of the data, instead of the config's",
+    )
+    parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
@@ -172,6 +177,8 @@ def load_config(args, *needed):
     cfg.work_dir = (
         args.work_dir or cfg.get('work_dir') or osp.join('work_dirs', name)
     )
+    if args.data_root is not None:
+        move_data_root(cfg, args.data_root)
     cfg.launcher = args.launcher
     if args.launcher == 'pytorch' and 'RANK' not in os.environ:
         fail(
@@ -204,6 +211,35 @@ def read_config(args, *needed):
     return cfg
 
 
+def move_data_root(cfg, root):
+    """Let each path of the data begin with this folder."""
+    parts = [
+        f'{split}_{part}'
+        for split in ('train', 'val', 'test')
+        for part in ('dataloader', 'evaluator')
+    ]
+    paths = dict(walk({part: cfg.get(part) for part in parts}))
+    old = {
+        path
+        for key, path in paths.items()
+        if key.endswith('.data_root') and path
+    }
+    if len(old) != 1:
+        fail(
+            '--data-root: expected a config with one data_root, got '
+            f'{some(sorted(old)) or "none"}; set each by --cfg-options'
+        )
+    old = old.pop()
+    prefix = old.rstrip('/') + '/'
+    for part in parts:
+        if cfg.get(part):
+            cfg[part] = apply_to(
+                cfg[part],
+                lambda x: isinstance(x, str) and f'{x}/'.startswith(prefix),
+                lambda x: osp.join(root, x[len(prefix) :]),
+            )
+
+
 def _check_keys(options, cfg):
     """Refuse settings that nothing would ever read.
 
@@ -234,9 +270,10 @@ def _check_keys(options, cfg):
             fail(f'--cfg-options {key}: the config has no {name}{hint}')
         copies = ['.'.join([each, *rest]) for each in _copies(cfg, name, read)]
         if copies:
+            shorter = ' --data-root, or' if key == 'data_root' else ''
             fail(
                 f'--cfg-options {key}: {name} counts only while the config '
-                f'file is read; set instead: {some(copies, 6)}'
+                f'file is read; set instead:{shorter} {some(copies, 6)}'
             )
         if not cfg.get('custom_imports'):  # whose modules may read anything
             fail(

@@ -53,6 +53,7 @@ from _measure import (  # noqa: E402
     find_inputs,
     fma_rate,
     measure_pass,
+    read_report,
 )
 
 from mmcarafe.ops import (  # noqa: E402
@@ -329,6 +330,20 @@ def tests_pass(device):
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
+def choose(report, shapes, methods):
+    """The report with these shapes and methods alone, if any are given."""
+    results = report['results']
+    for option, key, chosen in (
+        ('--shapes', 'shape', shapes),
+        ('--methods', 'method', methods),
+    ):
+        for name in chosen or []:
+            if name not in {r[key] for r in results}:
+                fail(f'{option}: {name} is not in the report')
+        results = [r for r in results if not chosen or r[key] in chosen]
+    return {**report, 'results': results}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -370,7 +385,18 @@ def main():
         help='skip the tests: they passed just before, on this machine and '
         'commit; the report says so',
     )
+    parser.add_argument(
+        '--report',
+        type=Path,
+        metavar='FILE',
+        help='print the table of a results.json, of --shapes and --methods '
+        'only if given, and measure nothing',
+    )
     args = parser.parse_args()
+    if args.report:
+        report = read_report(args.report)
+        print(table(choose(report, args.shapes, args.methods)))
+        return
     if args.threads:
         torch.set_num_threads(args.threads)
     on_gpu = args.device.type == 'cuda'

@@ -421,3 +421,19 @@ def test_train_step_wants_a_round(bench_op, monkeypatch):
     monkeypatch.setattr('sys.argv', ['', '--rounds', '0'])
     with pytest.raises(SystemExit, match='^error: --rounds is 0, expected'):
         bench_train_step.main()
+
+
+def test_recorded_report(bench_op, monkeypatch, capsys):
+    """Chosen shapes and methods of it, as the run's own table has them."""
+    file = ROOT / (
+        'benchmarks/results/cpu_amd-epyc-half-width_2-threads_fp32.json'
+    )
+    options = ['', '--report', str(file), '--shapes', 'FPN 50x84']
+    monkeypatch.setattr(sys, 'argv', [*options, '--methods', 'CARAFE'])
+    bench_op.main()
+    table = capsys.readouterr().out
+    assert table.count('| CARAFE | 4.24 ms, 17 MB |') == 1
+    assert table.count('\n| CARAFE |') == 2 and 'bilinear |' not in table
+    monkeypatch.setattr(sys, 'argv', [*options, '--methods', 'mmcv'])
+    with pytest.raises(SystemExit, match='--methods: mmcv is not in the rep'):
+        bench_op.main()

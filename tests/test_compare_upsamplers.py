@@ -347,3 +347,20 @@ def test_the_commit_is_ours(tool, monkeypatch):
 
     monkeypatch.setattr(_measure, 'ROOT', ROOT / 'tools')
     assert _measure.environment(CPU)['commit'] == 'unknown'
+
+
+def test_report_once_more(tool, tmp_path, monkeypatch, capsys):
+    """As recorded: it measures nothing, and leaves the record alone."""
+    run(tool, monkeypatch, tmp_path / 'new', '--upsamplers', 'bilinear')
+    record, again = tmp_path / 'new/results.json', tmp_path / 'again'
+    before, printed = record.read_text(), capsys.readouterr().out
+    monkeypatch.setattr(tool, 'compare', None)
+    options = ['', '--report', str(record), '--out', str(again)]
+    monkeypatch.setattr(sys, 'argv', options)
+    tool.main()
+    assert capsys.readouterr().out.split('written:')[0] in printed
+    assert record.read_text() == before
+    assert {x.name for x in again.iterdir()} == {'table.md', 'plot.png'}
+    record.write_text('{}')
+    with pytest.raises(SystemExit, match='--report: cannot read .*KeyError'):
+        tool.main()

@@ -4,6 +4,7 @@ torch alone is needed.
 """
 
 import datetime
+import json
 import os
 import platform
 import random
@@ -28,6 +29,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def fail(message):
     raise SystemExit(f'error: {message}')
+
+
+def read_report(path):
+    """What a run recorded in its results.json."""
+    try:
+        report = json.loads(path.read_text())
+        report['results']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f'--report: cannot read {path}: {type(error).__name__}: {error}')
+    return report
 
 
 def find_device(text):

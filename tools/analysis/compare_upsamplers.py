@@ -49,6 +49,7 @@ from _measure import (  # noqa: E402
     find_inputs,
     fma_rate,
     measure_pass,
+    read_report,
 )
 
 BY_NAME = {str(dtype).split('.')[1]: dtype for dtype in DTYPES}
@@ -311,6 +312,12 @@ def parse_args():
         metavar='NAME',
         help='types as in configs, e.g. CARAFE bilinear; default: all',
     )
+    parser.add_argument(
+        '--report',
+        type=Path,
+        metavar='FILE',
+        help='print and draw a results.json once more, and measure nothing',
+    )
     args = parser.parse_args()
     for name in ('channels', 'scale', 'threads'):
         value = getattr(args, name)
@@ -332,8 +339,8 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
+def measure(args):
+    """Measure, and keep what is finished in results.json."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -368,10 +375,16 @@ def main():
         unfinished.replace(args.out / 'results.json')
 
     compare(report, features, chosen, args.budget, save)
+    return report
+
+
+def main():
+    args = parse_args()
+    report = read_report(args.report) if args.report else measure(args)
     (args.out / 'table.md').write_text(table(report))
     draw(report).savefig(args.out / 'plot.png', dpi=200)
     print(table(report))
-    print(f'written: {args.out}/results.json, table.md and plot.png')
+    print(f'written: {args.out}/table.md and plot.png')
     failed = {r['method'] for r in report['results'] if 'error' in r}
     if failed:
         fail(f'these failed: {", ".join(sorted(failed))}')

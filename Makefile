@@ -23,7 +23,7 @@ DETECTOR := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
 DETECTED := work_dirs/demo/detector
 SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
 
-.PHONY: help setup demo test lint sanitize
+.PHONY: help setup demo test lint docs sanitize
 
 help:  ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ lint: $(READY)  ## Check style and format of Python and C++.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror mmcarafe/ops/cpu.cpp
+
+docs: $(READY)  ## Write the tables of README.md and docs/ anew.
+	$(BIN)/python tools/update_docs.py
 
 # The CPU library's tests under AddressSanitizer and UBSan. `pytest`, because
 # `python -m pytest` would find the libraries of this checkout first.

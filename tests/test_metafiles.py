@@ -1,4 +1,4 @@
-"""The measured results: metafiles, and the README's table made of them."""
+"""The measured results: metafiles, and docs/configs.md, made of them."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_metafile_fits_its_configs(path):
             assert model['Metadata']['Conditions']
 
 
-def test_readme_has_the_table():
+def test_every_config_has_a_row():
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
     output = subprocess.check_output(
@@ -53,7 +53,6 @@ def test_readme_has_the_table():
     )
     configs = len(list(ROOT.glob('configs/*/*.py')))
     assert output.count('\n| [`') == configs
-    assert output in (ROOT / 'README.md').read_text()
 
 
 def test_a_result_and_its_note(config_table, tmp_path):

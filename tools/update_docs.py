@@ -37,7 +37,7 @@ def output(command):
         subprocess.CalledProcessError: it failed; its errors were printed.
     """
     process = subprocess.run(
-        [sys.executable, *shlex.split(command)],
+        [sys.executable, '-W', 'ignore', *shlex.split(command)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

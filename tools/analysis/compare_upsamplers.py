@@ -3,7 +3,7 @@
     python tools/analysis/compare_upsamplers.py --channels 256 --size 50 84 \\
         --out work_dirs/compare_upsamplers
 
-Each upsampler of the README's table is built whole, with all of its
+Each upsampler of the table in docs/cost.md is built whole, with all of its
 convolutions, and upsamples the same map [1, C, H, W], forward, and forward
 plus backward with gradients for parameters and inputs. One that wants a guide
 gets a random map [1, C, S*H, S*W].
@@ -13,7 +13,7 @@ machine hits all of them; medians are reported, and how many times as long as
 bilinear interpolation each took. Peak memory is the most that torch holds at
 once, on top of inputs and parameters. What is kept for the backward pass
 includes the inputs and parameters that it needs. FLOPs are for one source
-pixel, a multiply-add as 2, without biases, as in the README.
+pixel, a multiply-add as 2, without biases, as there.
 
 Writes to the folder given: ``results.json``, with machine, versions and
 commit, after each result, so that a crash loses no finished one; ``table.md``;
@@ -384,7 +384,7 @@ def main():
     (args.out / 'table.md').write_text(table(report))
     draw(report).savefig(args.out / 'plot.png', dpi=200)
     print(table(report))
-    print(f'written: {args.out}/table.md and plot.png')
+    print(f'written: {args.out}/table.md and plot.png', file=sys.stderr)
     failed = {r['method'] for r in report['results'] if 'error' in r}
     if failed:
         fail(f'these failed: {", ".join(sorted(failed))}')

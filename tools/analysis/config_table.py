@@ -1,8 +1,8 @@
 """What each config upsamples with, and what was measured with it.
 
-Prints the README's table. Where a config upsamples is read off the model that
-it builds. The results, and the paper's, come from configs/*/metafile.yml;
-notes below the table say how they were measured.
+Prints the table of docs/configs.md. Where a config upsamples is read off the
+model that it builds. The results, and the paper's, come from
+configs/*/metafile.yml; notes below the table say how they were measured.
 
 Usage::
 
@@ -109,7 +109,7 @@ def table(root):
         if result:
             letter = string.ascii_lowercase[len(notes)]
             result += f' ({notes.setdefault(about["Conditions"], letter)})'
-        name = f'[`{path.parent.name}/{path.stem}`]({config})'
+        name = f'[`{path.parent.name}/{path.stem}`](../{config})'
         yield (
             f'| {name} | {upsampling(cfg)} | {result or "not measured yet"} | '
             f'{about.get("Result of the paper", "")} |'

@@ -1,7 +1,7 @@
 """Parameters and FLOPs of UPerNet with CARAFE in PPM, FPN and FUSE.
 
-Prints the README's table, one row for each of the eight combinations. No
-weights are loaded: the model is built and run on PyTorch's meta device.
+Prints the table of docs/upernet.md, a row for each of the eight combinations.
+No weights are loaded: the model is built and run on PyTorch's meta device.
 
 get_flops.py says what is counted.
 

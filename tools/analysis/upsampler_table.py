@@ -1,8 +1,8 @@
 """What each upsampler does and costs, and the AP that papers report with it.
 
-Prints the README's table for ×2. Parameters, and FLOPs for one source pixel,
-a multiply-add as 2 FLOPs. The CARAFE paper counts the biases of CARAFE, as
-multiply-adds, but not of the others, so both counts are shown. The dynamic
+Prints the table of docs/cost.md for ×2. Parameters, and FLOPs for one source
+pixel, a multiply-add as 2 FLOPs. The CARAFE paper counts the biases of CARAFE,
+as multiply-adds, but not of the others, so both counts are shown. The dynamic
 filter predicts a K×K reassembly kernel for each channel: it is CARAFE with as
 many groups as channels. The guide of an upsampler that wants one has as many
 channels as the map that is upsampled; its convolutions count too.

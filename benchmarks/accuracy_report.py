@@ -175,7 +175,10 @@ def _plus_minus(mean, spread, sign=''):
 
 
 def plot(groups, path):
-    """Draw each seed's difference as a dot, and the mean with its interval."""
+    """Draw each seed's difference as a dot, and the mean with its interval.
+
+    A triangle at the edge stands for a dot that lies beyond it.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
@@ -203,9 +206,14 @@ def plot(groups, path):
         squeeze=False,
         layout='constrained',
     )
+    limits = _limits(groups)
     for (group, arms), row in zip(groups, axes):
         for axis, metric in zip(row, next(iter(arms.values()))):
-            _draw(axis, {a: scores[metric] for a, scores in arms.items()})
+            _draw(
+                axis,
+                {arm: scores[metric] for arm, scores in arms.items()},
+                limits[group['task'], metric],
+            )
             axis.set_title(metric, fontsize=9)
             axis.set_xlabel(f'minus {group["baseline"]}', fontsize=8)
         row[0].set_yticks(range(len(arms)), list(arms), fontsize=9)
@@ -216,8 +224,8 @@ def plot(groups, path):
             fontsize=8,
         )
     figure.suptitle(
-        'Paired differences: a dot for each seed, the mean with its '
-        f'{CONFIDENCE:.0%} t interval',
+        'Paired differences: a dot for each seed (a triangle: beyond the '
+        f'edge), the mean with its {CONFIDENCE:.0%} t interval',
         fontsize=9,
     )
     figure.savefig(path, dpi=200)
@@ -232,14 +240,50 @@ def _compared(group):
     }
 
 
-def _draw(axis, arms):
+def _limits(groups):
+    """How far each task's metrics are drawn, so that most arms fill the width.
+
+    One arm that goes wrong would otherwise squeeze all others into a line.
+    """
+    reach = {}
+    for group, arms in groups:
+        for scores in arms.values():
+            for metric, score in scores.items():
+                if score['difference']:
+                    reach.setdefault((group['task'], metric), []).append(
+                        max(map(abs, _ends(score['difference'])))
+                    )
+    return {
+        key: 1.1 * min(max(values), 2 * statistics.median(values))
+        for key, values in reach.items()
+    }
+
+
+def _ends(difference):
+    mean, half_width = difference['mean'], difference['half_width'] or 0
+    return [
+        *difference['seeds'].values(),
+        mean - half_width,
+        mean + half_width,
+    ]
+
+
+def _draw(axis, arms, limit):
     axis.axvline(0, color='0.6', linewidth=1)
     for y, score in enumerate(arms.values()):
         difference = score['difference']
         if difference is None:
             continue
-        seeds = list(difference['seeds'].values())
-        axis.plot(seeds, [y] * len(seeds), 'o', color='C0', alpha=0.35, ms=4)
+        for x in difference['seeds'].values():
+            outside = abs(x) > limit
+            axis.plot(
+                math.copysign(0.97 * limit, x) if outside else x,
+                y,
+                ('>' if x > 0 else '<') if outside else 'o',
+                color='C0',
+                alpha=0.35,
+                ms=4,
+            )
         axis.errorbar(
             difference['mean'],
             y - 0.25,
@@ -249,6 +293,16 @@ def _draw(axis, arms):
             ms=4,
             capsize=3,
         )
+        if abs(difference['mean']) > limit:
+            axis.annotate(
+                f'{difference["mean"]:+.2f}'.replace('-', '\N{MINUS SIGN}'),
+                (math.copysign(0.9 * limit, difference['mean']), y - 0.25),
+                ha='right' if difference['mean'] > 0 else 'left',
+                va='center',
+                fontsize=8,
+                bbox=dict(facecolor='white', edgecolor='none', pad=1),
+            )
+    axis.set_xlim(-limit, limit)
     axis.set_ylim(len(arms) - 0.4, -0.7)
     axis.set_yticks([])
     axis.tick_params(labelsize=8)

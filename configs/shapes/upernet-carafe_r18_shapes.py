@@ -79,8 +79,11 @@ train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=0.002, weight_decay=0.05),
     clip_grad=dict(_delete_=True, max_norm=10),
-    # The heads start from small random weights on few channels.
-    paramwise_cfg=dict(custom_keys=dict(head=dict(lr_mult=10.0))),
+    # The heads start from small random weights on few channels. Upsamplers
+    # that learn as fast soon give all weight to one tap, the same everywhere.
+    paramwise_cfg=dict(
+        custom_keys=dict(head=dict(lr_mult=10.0), upsample=dict(lr_mult=1.0))
+    ),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),

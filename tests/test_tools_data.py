@@ -729,16 +729,22 @@ def test_training_stops_at_an_invalid_loss(data, tmp_path, value):
 # As users see them
 
 
-def test_shapes_that_are_not_drawn_yet(monkeypatch, tmp_path):
+@pytest.mark.parametrize('here', [True, False], ids=['checkout', 'elsewhere'])
+def test_shapes_that_are_not_drawn_yet(here, monkeypatch, tmp_path):
+    converters = Path('tools/dataset_converters')
+    if here:  # as if the checkout, which may hold the shapes, were this folder
+        data = import_module('_data')
+        monkeypatch.setattr(data, 'CONVERTERS', tmp_path / converters)
     monkeypatch.setattr(
         sys, 'argv', ['train.py', str(ROOT / SHAPES), '--work-dir', 'work']
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         import_module('train').main()
+    script = (converters if here else ROOT / converters) / 'shapes.py'
     assert message_of(caught) == (
         'train_dataloader.dataset.data_root: there is no data/shapes/, make '
-        'it with: python tools/dataset_converters/shapes.py data/shapes'
+        f'it with: python {script} data/shapes'
     )
 
 

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from _cli import as_list, fail, user_errors
@@ -25,6 +26,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 SHAPES = osp.join('data', 'shapes')
+CONVERTERS = Path(__file__).resolve().parent / 'dataset_converters'
 IGNORED = 255  # the label that mmseg ignores unless a config says otherwise
 
 
@@ -157,9 +159,18 @@ def _check_path(path, key):
     if path and '://' not in path and not osp.exists(path):
         hint = ''
         if osp.normpath(path).endswith(SHAPES):
-            script = 'tools/dataset_converters/shapes.py'
+            script = _from_here(CONVERTERS / 'shapes.py')
             hint = f', make it with: python {script} {osp.normpath(path)}'
         fail(f'{key}: there is no {path}{hint}')
+
+
+def _from_here(path):
+    """As one would type it: relative, unless it is outside of this folder.
+
+    An installed package has the tools elsewhere, where `mim` runs them.
+    """
+    relative = osp.relpath(path)
+    return path if relative.startswith(osp.pardir) else relative
 
 
 def _check_ann_file(path, key):

@@ -78,6 +78,7 @@ class ComparisonHook(Hook):
         all_reduce(counts)
         number, seconds = counts.tolist()
         total = len(runner.test_loop.dataloader.dataset)
+        number = min(number, total)  # processes may share the last image
         text = f'{number:.0f} of {total} images are drawn in {seconds:.1f} s'
         if self.folder:
             text += f', into {self.folder}'

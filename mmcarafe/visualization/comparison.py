@@ -139,7 +139,7 @@ def compare_objects(
         image,
         found,
         truth,
-        names_and_colors(classes, palette),
+        Classes(classes, palette),
         score_threshold,
         crowds,
         layout.size,
@@ -183,7 +183,7 @@ def compare_maps(
         image,
         found,
         truth,
-        names_and_colors(classes, palette),
+        Classes(classes, palette),
         layout.size,
         layout.scale,
     )
@@ -191,19 +191,27 @@ def compare_maps(
     return compose(title, layout.rows(panels), legend, layout.scale)
 
 
-def names_and_colors(classes=None, palette=None):
-    """A function from the index of a class to its name and colour."""
-    known = isinstance(palette, (list, tuple)) and len(palette) > 0
+class Classes:
+    """Name and colour of each class, by its index.
 
-    def name_and_color(index):
-        named = classes is not None and index < len(classes)
-        name = str(classes[index]) if named else f'class {index}'
-        if known and index < len(palette):
-            return name, tuple(int(each) for each in palette[index])
+    Args:
+        names (list[str], optional): by default, "class 0" and so on.
+        palette (list[tuple[int, int, int]], optional): red, green, blue from
+            0 to 255. Anything else than a list is no palette.
+    """
+
+    def __init__(self, names=None, palette=None):
+        self.names = names
+        self.palette = palette if isinstance(palette, (list, tuple)) else ()
+        self.number = None if names is None else len(names)
+
+    def __call__(self, index):
+        index = int(index)
+        known = self.names is not None and index < len(self.names)
+        name = str(self.names[index]) if known else f'class {index}'
+        if index < len(self.palette):
+            return name, tuple(int(each) for each in self.palette[index])
         return name, PALETTE[index % len(PALETTE)]
-
-    name_and_color.number = None if classes is None else len(classes)
-    return name_and_color
 
 
 # Objects
@@ -282,7 +290,7 @@ def object_panels(
     def draw(objects):
         marks = []
         for i, label in enumerate(objects.labels):
-            name, color = kinds(int(label))
+            name, color = kinds(label)
             words = [] if one_class else [name]
             if objects.scores is not None:
                 words.append(f'{objects.scores[i]:.2f}')
@@ -348,17 +356,17 @@ def _draw_object_errors(base, found, truth, crowds, kinds, factor, scale):
         elif right[i]:
             marks.append(Mark(i, MATCHED, f'{score:.2f}'))
         else:
-            name = '' if kinds.number == 1 else kinds(int(found.labels[i]))[0]
+            name = '' if kinds.number == 1 else kinds(found.labels[i])[0]
             if partner[i] < 0:
                 text = f'{name} {score:.2f}'.strip()
                 marks.append(Mark(i, INVENTED, text, 'thick'))
             else:
-                true = kinds(int(truth.labels[partner[i]]))[0]
+                true = kinds(truth.labels[partner[i]])[0]
                 text = f'{name} for {true}'
                 marks.append(Mark(i, CONFUSED, text, 'thick'))
     missed = np.setdiff1d(np.arange(len(truth)), partner)
     for i, label in enumerate(truth.labels[missed], start=len(found)):
-        name = '' if kinds.number == 1 else kinds(int(label))[0]
+        name = '' if kinds.number == 1 else kinds(label)[0]
         marks.append(Mark(i, MISSED, name, 'dashed'))
     both = _join(found, truth[missed])
     picture, complete = _draw_objects(base, both, marks, factor, scale)
@@ -519,7 +527,7 @@ def _write_across(picture, text, scale):
     draw.rectangle((0, middle - half, width, middle + half), fill='white')
     for i, line in enumerate(lines):
         y = middle + step * (i - (len(lines) - 1) / 2)
-        small = _fitting(line, width - 4 * scale, font)
+        line, small = _fitting(line, width - 4 * scale, font)
         draw.text((width / 2, y), line, fill=INK, font=small, anchor='mm')
 
 
@@ -657,13 +665,13 @@ class Layout:
             )
         height, width = image.shape[:2]
         best = 0
-        for columns in (2, 4, 1):  # of about equal ones, the first
+        for columns in (2, 4, 1):  # two, unless panels get far larger
             rows = -(-number // columns)
             if rows * columns != number:
                 continue
             wide = (PAGE - 2 * MARGIN - (columns - 1) * GAP) / columns
             wide = min(wide, TALLEST / rows * width / height)
-            if wide > 1.3 * best:
+            if wide > 1.8 * best:
                 best, self.columns = wide, columns
         # large images keep their pixels, up to twice the page
         self.scale = min(2, max(1, width / best))
@@ -708,7 +716,7 @@ def compose(
     draw = ImageDraw.Draw(page)
     if title:
         bold = letters(LARGE * scale, bold=True)
-        bold = _fitting(title, page.width - 2 * margin, bold)
+        title, bold = _fitting(title, page.width - 2 * margin, bold)
         at = (margin, margin + LARGE * scale / 2)
         draw.text(at, title, fill=INK, font=bold, anchor='lm')
     y = top
@@ -717,18 +725,19 @@ def compose(
         for heading, picture in row:
             width = picture.shape[1]
             bold = letters(MEDIUM * scale, bold=True)
-            bold = _fitting(heading, width, bold)
+            heading, bold = _fitting(heading, width, bold)
             at = (x, y + head / 2)
             draw.text(at, heading, fill=INK, font=bold, anchor='lm')
             page.paste(Image.fromarray(picture), (x, y + head))
             x += width + gap
         y += step
-    _draw_legend(draw, legend, y, scale)
+    _draw_legend(page, legend, y, scale)
     return np.asarray(page)
 
 
-def _draw_legend(draw, legend, top, scale):
-    """Draw lines of keys; return their height, also without a ``draw``."""
+def _draw_legend(page, legend, top, scale):
+    """Draw lines of keys; return their height, also without a page."""
+    draw = page and ImageDraw.Draw(page)
     font, bold = letters(MEDIUM * scale), letters(MEDIUM * scale, bold=True)
     step, box = round(1.7 * MEDIUM * scale), round(1.1 * MEDIUM * scale)
     left = round(MARGIN * scale)
@@ -749,7 +758,7 @@ def _draw_legend(draw, legend, top, scale):
                 x, y = indent, y + step
             if draw:
                 if mark:
-                    _draw_key(draw, key, (x, y + (step - box) / 2), box, scale)
+                    _draw_key(page, key, (x, y + (step - box) / 2), box, scale)
                 at = (x + mark, y + step / 2)
                 draw.text(at, key.text, fill=INK, font=font, anchor='lm')
             x += wide
@@ -757,7 +766,8 @@ def _draw_legend(draw, legend, top, scale):
     return y - top
 
 
-def _draw_key(draw, key, at, box, scale):
+def _draw_key(page, key, at, box, scale):
+    draw = ImageDraw.Draw(page)
     x, y = map(round, at)
     place = (x, y, x + box, y + box)
     if key.style == 'fill':
@@ -767,7 +777,7 @@ def _draw_key(draw, key, at, box, scale):
     elif key.style == 'hatched':
         tile = np.full((box, box, 3), 225, np.uint8)
         _hatch(tile, np.ones((box, box), bool), scale)
-        draw._image.paste(Image.fromarray(tile), (x, y))
+        page.paste(Image.fromarray(tile), (x, y))
     else:
         _draw_box(draw, place, Mark(0, key.color, '', key.style), scale)
 
@@ -787,7 +797,7 @@ def _count(number, one, many):
 
 
 def resize(image, size, interpolation=None):
-    """To (width, height)."""
+    """Scale ``ndarray[H, W, ...]`` to ``size`` (width, height)."""
     if interpolation is None:
         smaller = size[0] < image.shape[1]
         interpolation = cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
@@ -815,15 +825,27 @@ def _ink_on(color):
 
 @lru_cache(maxsize=64)
 def letters(size, bold=False):
-    """matplotlib's, which has letters of most languages."""
+    """A font of matplotlib's, with letters of many languages.
+
+    Args:
+        size (float): in pixels.
+        bold (bool): bold or regular.
+    """
     name = 'DejaVuSans-Bold.ttf' if bold else 'DejaVuSans.ttf'
     folder = osp.join(matplotlib.get_data_path(), 'fonts', 'ttf')
     return ImageFont.truetype(osp.join(folder, name), size)
 
 
 def _fitting(text, width, font):
-    """The font, or as small a one as the text needs to fit."""
+    """Make text fit by smaller letters, or if they do not help, by less text.
+
+    Returns:
+        tuple[str, ImageFont]
+    """
     wide = font.getlength(text)
-    if wide <= width:
-        return font
-    return font.font_variant(size=max(6, font.size * width / wide))
+    if wide > width:
+        size = font.size * max(0.75, width / wide)
+        font = font.font_variant(size=size)
+    while len(text) > 1 and font.getlength(text) > width:
+        text = f'{text[:-2]}…'
+    return text, font

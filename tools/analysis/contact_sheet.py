@@ -34,12 +34,12 @@ from mmcarafe.visualization.comparison import (
     OBJECT_ERRORS,
     PAGE,
     SMALL,
+    Classes,
     Key,
     Panel,
     compose,
     letters,
     map_panels,
-    names_and_colors,
     object_panels,
     pale,
     resize,
@@ -89,8 +89,8 @@ def row(model, dataset, index, score_thr):
     height, width = image.shape[:2]
     room = PAGE - 2 * MARGIN - (4 if chain else 2) * GAP
     wide = room * (1 - SHARE) / 4 if chain else room / 3
-    size = round(wide * SCALE), round(wide * SCALE * height / width)
-    kinds = names_and_colors(
+    size = int(wide * SCALE), max(8, int(wide * SCALE * height / width))
+    kinds = Classes(
         dataset.metainfo.get('classes'), dataset.metainfo.get('palette')
     )
     shown = image[..., ::-1].copy()
@@ -147,7 +147,7 @@ def kernel_panels(image, chain, point, sample, input_size, size):
     x, y = at * enlarge
     for color, wide in (('white', 9), (POINT, 5)):
         draw.ellipse((x - 9, y - 9, x + 9, y + 9), outline=color, width=wide)
-    room = round((PAGE - 2 * MARGIN - 4 * GAP) * SHARE * SCALE)
+    room = int((PAGE - 2 * MARGIN - 4 * GAP) * SHARE * SCALE)
     return [
         Panel('A point and its windows', np.asarray(where)),
         Panel('Kernels', _tiles(windows, room, size[1])),

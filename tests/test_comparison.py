@@ -519,7 +519,7 @@ def test_contact_sheet(
         assert headings[1].startswith('Prediction')
         assert headings[2].startswith('Errors')
         assert headings[3:] == (
-            ['A point and its windows', 'Kernels'] if kernels else []
+            ['Image, point, windows', 'Kernels'] if kernels else []
         )
         widths = [panel.picture.shape[1] for panel in row]
         assert sum(widths) + 16 * (len(row) - 1) <= 2 * 860

@@ -319,7 +319,7 @@ def object_panels(
         heading = f'Truth: {_count(len(truth), "object", "objects")}'
         panels.insert(0, Panel(heading, np.asarray(picture)))
         picture, keys, all_labels = _draw_object_errors(
-            pale(base), found, truth, crowds, kinds, factor, scale
+            _pale(base), found, truth, crowds, kinds, factor, scale
         )
         complete &= all_labels
         panels.append(Panel('Errors', np.asarray(picture)))
@@ -612,7 +612,7 @@ def _map_errors(base, found, truth, kinds, number, scale):
     invented = wrong & np.isin(truth, background)
     confused = wrong & ~missed & ~invented
     total = max(known.sum(), 1)
-    picture = pale(base)
+    picture = _pale(base)
     keys = []
     needed = (background, background, number > 2 or not background)
     for mask, key, shown in zip(
@@ -804,7 +804,7 @@ def resize(image, size, interpolation=None):
     return cv2.resize(image, tuple(size), interpolation=interpolation)
 
 
-def pale(image):
+def _pale(image):
     """In grey and pale, so that colours stand out; dark images are seen."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     low, high = np.percentile(grey, (1, 99))

@@ -41,7 +41,6 @@ from mmcarafe.visualization.comparison import (
     letters,
     map_panels,
     object_panels,
-    pale,
     resize,
 )
 from mmcarafe.visualization.figures import HEAT, POINT, window_at
@@ -131,7 +130,7 @@ def kernel_panels(image, chain, point, sample, input_size, size):
     windows = [
         window_at(record, at, tuple(input_size)) for record in chain[::-1]
     ]
-    where = Image.fromarray(pale(resize(image, size)))
+    where = Image.fromarray(resize(image, size))
     draw = ImageDraw.Draw(where)
     enlarge = size[0] / width
     for window in windows:
@@ -149,7 +148,7 @@ def kernel_panels(image, chain, point, sample, input_size, size):
         draw.ellipse((x - 9, y - 9, x + 9, y + 9), outline=color, width=wide)
     room = int((PAGE - 2 * MARGIN - 4 * GAP) * SHARE * SCALE)
     return [
-        Panel('A point and its windows', np.asarray(where)),
+        Panel('Image, point, windows', np.asarray(where)),
         Panel('Kernels', _tiles(windows, room, size[1])),
     ]
 

@@ -481,10 +481,7 @@ def data(pictures, tmp_path_factory):
 
 def run(tool, monkeypatch, data, config, *arguments):
     words = [config, data / f'{Path(config).stem}.pth', *arguments]
-    words += [
-        '--cfg-options',
-        f'test_dataloader.dataset.data_root={data}/shapes/',
-    ]
+    words += ['--data-root', data / 'shapes']
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr('sys.argv', ['', *map(str, words)])
     with warnings.catch_warnings():

@@ -7,7 +7,8 @@ point on an object's edge, at each level of the first list of upsamplers.
 Usage::
 
     python tools/analysis/contact_sheet.py CONFIG CHECKPOINT \
-        [--images N] [--out FILE] [--cfg-options KEY=VALUE ...]
+        [--images N] [--out FILE] [--data-root DIR] \
+        [--cfg-options KEY=VALUE ...]
 """
 
 import argparse
@@ -68,6 +69,11 @@ def parse_args():
         '--out',
         metavar='FILE',
         help='the picture (default: work_dirs/CONFIG/contact_sheet.png)',
+    )
+    parser.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help="folder of the data, instead of the config's",
     )
     parser.add_argument('--cfg-options', **CFG_OPTIONS)
     return parser.parse_args()
@@ -195,6 +201,8 @@ def main():
     out = Path(args.out or osp.join('work_dirs', name, 'contact_sheet.png'))
     if out.suffix not in ('.png', '.jpg'):
         fail(f'--out: expected a .png or .jpg file, got {out}')
+    if args.data_root is not None:
+        _cli.move_data_root(cfg, args.data_root)
     cfg.test_evaluator = None  # nothing is measured, so its files need not be
     _data.check_data(cfg, 'test')
     init_default_scope(cfg.default_scope)

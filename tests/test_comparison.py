@@ -67,6 +67,9 @@ def test_the_surest_chooses_first():
     # the first one's object is taken; it is confused with the ring, though
     assert partner.tolist() == [1, 0, -1]
     assert right.tolist() == [False, True, False]
+    # its own class comes first, although the ring overlaps it more
+    partner, right = match(objects([0, 0, 10, 12, 0], scores=[1]), truth)
+    assert partner.tolist() == [0] and right.all()
 
 
 def test_iou_of_the_threshold_matches():

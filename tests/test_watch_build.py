@@ -102,11 +102,13 @@ def is_running(pid):
     return not re.search(r'^State:\s+Z', status, re.M)
 
 
-def test_a_command_that_is_not_there():
+def test_a_command_that_is_not_there(tmp_path):
     done = subprocess.run(
         [sys.executable, TOOL, 'no-such-command'],
+        env={**os.environ, 'TMPDIR': str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 1
     assert done.stderr == 'error: no-such-command: No such file or directory\n'
+    assert not list(tmp_path.iterdir())

@@ -95,21 +95,22 @@ def run(command, stream=None, every=EVERY, pause=1.0):
     """
     line = Line(stream or sys.stdout, every)
     folder = Path(tempfile.mkdtemp(prefix='build-'))
-    # A group of its own, so that an interruption reaches the compilers, too.
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, 'TMPDIR': str(folder)},
-        start_new_session=True,
-    )
     try:
-        while True:
-            try:
-                return process.wait(pause)
-            except subprocess.TimeoutExpired:
-                line.update(count(folder))
-    except BaseException:
-        stop(process)
-        raise
+        # A group of its own, so that an interruption reaches compilers, too.
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, 'TMPDIR': str(folder)},
+            start_new_session=True,
+        )
+        try:
+            while True:
+                try:
+                    return process.wait(pause)
+                except subprocess.TimeoutExpired:
+                    line.update(count(folder))
+        except BaseException:
+            stop(process)
+            raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

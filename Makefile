@@ -22,6 +22,7 @@ READY := $(VENV)/ready
 DETECTOR := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
 DETECTED := work_dirs/demo/detector
 SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
+SEGMENTED := work_dirs/demo/segmentor
 
 .PHONY: help setup demo test lint docs sanitize
 
@@ -32,15 +33,18 @@ setup: $(READY)  ## Install everything that is needed into .venv, once.
 
 demo: $(READY) data/shapes  ## Train and test a detector and a segmentor.
 	$(call TRAIN_AND_TEST,$(DETECTOR),$(DETECTED))
-	$(call TRAIN_AND_TEST,$(SEGMENTOR),work_dirs/demo/segmentor,\
+	$(call TRAIN_AND_TEST,$(SEGMENTOR),$(SEGMENTED),\
 		--cfg-options load_from="$$(cat $(DETECTED)/last_checkpoint)")
 	@$(BIN)/python tools/analysis/summarize.py $(DETECTED)
-	@$(BIN)/python tools/analysis/summarize.py work_dirs/demo/segmentor
+	@$(BIN)/python tools/analysis/summarize.py $(SEGMENTED)
+	@echo 'Look at $(DETECTED).png and $(SEGMENTED).png'
 
 define TRAIN_AND_TEST
 $(BIN)/python tools/train.py $(1) --work-dir $(2) $(3)
 $(BIN)/python tools/test.py $(1) "$$(cat $(2)/last_checkpoint)" \
 	--work-dir $(2) --show-dir pictures
+$(BIN)/python tools/analysis/contact_sheet.py $(1) \
+	"$$(cat $(2)/last_checkpoint)" --out $(2).png
 endef
 
 test: $(READY)  ## Run the tests.
@@ -116,9 +120,11 @@ $(PYTHON) -c 'import sys; \
 endef
 
 # mmcv comes as source only. Debug symbols, which Python's own compiler flags
-# ask for, would take 40 % of the time.
-INSTALL_ALL = CFLAGS=-g0 CXXFLAGS=-g0 MMCV_WITH_OPS=1 \
-	$(PIP) install --no-build-isolation -e '.[$(EXTRA),test]'
+# ask for, would take 40 % of the time. Without ninja, which pip puts beside
+# python, one file would be compiled after another.
+INSTALL_ALL = PATH="$(CURDIR)/$(BIN):$$PATH" \
+	CFLAGS=-g0 CXXFLAGS=-g0 MMCV_WITH_OPS=1 \
+	$(BIN)/python tools/watch_build.py $(PIP) install --no-build-isolation -e '.[$(EXTRA),test]'
 
 # pip caches the mmcv that it built, but does not know for which torch: the
 # cached one may not fit this torch, or may lack CUDA.
@@ -134,6 +140,5 @@ define MMCV_IS_BUILT
 endef
 
 define SAY_HOW_LONG
-echo 'mmcv is compiled now: 5 to 25 minutes on 2 cores, in which pip says \
-nothing but "still running".'
+echo 'mmcv is compiled now: 5 to 25 minutes on 2 cores.'
 endef

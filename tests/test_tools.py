@@ -176,7 +176,14 @@ def test_predictions_are_kept_and_drawn(trained, shapes, tmp_path):
         predictions = pickle.load(file)
     assert len(predictions) == 4
     assert predictions[0]['pred_instances']['bboxes'].shape[1] == 4
-    assert len(list(tmp_path.glob('*/pictures/*.jpg'))) == 4
+    assert_drawn(tmp_path, printed)
+
+
+def assert_drawn(work_dir, printed, number=4):
+    """Pictures are named like the images, and the log says how many."""
+    files = sorted(path.name for path in work_dir.glob('*/pictures/*'))
+    assert files == [f'{index:05d}.jpg' for index in range(number)]
+    assert f'{number} of 4 images are drawn in ' in printed
 
 
 def test_flipped_images_are_merged(trained, shapes, tmp_path):
@@ -241,10 +248,11 @@ def test_two_processes(shapes, tmp_path):
     checkpoint = work_dir / 'epoch_1.pth'
     printed = execute(
         *('tools/dist_test.sh', SHAPES, checkpoint, 2),
-        *('--work-dir', work_dir, *options),
+        *('--work-dir', work_dir, '--show-dir', 'pictures', *options),
         **env,
     )
     assert len(coco_numbers(printed)) == 12
+    assert_drawn(work_dir, printed)  # by both
 
 
 def free_port():
@@ -394,7 +402,7 @@ def test_segmentor_in_two_processes(segmentor, tmp_path):
     assert 'mIoU: ' in printed
     names = ['00000', '00001', '00002', '00003']
     assert [p.stem for p in sorted((tmp_path / 'maps').iterdir())] == names
-    assert len(list(work_dir.glob('*/pictures/*.png'))) == 4
+    assert_drawn(work_dir, printed)
 
 
 def compare_sync_bn(rank, port):

@@ -6,6 +6,7 @@ import os.path as osp
 import _checkpoints
 import _cli
 import _data
+import _pictures  # noqa: F401  (registers the hook that draws)
 
 
 def parse_args():
@@ -24,9 +25,10 @@ def parse_args():
     )
     parser.add_argument(
         '--show-dir',
-        help='draw the predictions into this folder, in WORK_DIR/TIMESTAMP '
-        '(segmentation: for every n-th batch, if the config has '
-        'default_hooks.visualization.interval=n)',
+        help='draw each image with truth, prediction and errors into this '
+        'folder, in WORK_DIR/TIMESTAMP (only every n-th batch, if the config '
+        'has default_hooks.visualization.interval=n; boxes above '
+        'default_hooks.visualization.score_thr)',
     )
     parser.add_argument(
         '--tta',
@@ -36,27 +38,30 @@ def parse_args():
     return parser.parse_args()
 
 
+# Their pictures show no truth, or no errors, and the latter takes ten times as
+# long to draw an image as a small model takes to predict it.
+REPLACED = ('DetVisualizationHook', 'SegVisualizationHook')
+
+
 def draw(cfg, args):
     hooks = cfg.get('default_hooks', {})
     if not hooks.get('visualization'):
         option = '--show' if args.show else '--show-dir'
         _cli.fail(f'{option}: config has no default_hooks.visualization')
     hook = hooks.visualization
-    hook.update(draw=True, show=args.show, wait_time=args.wait_time)
-    if not args.show_dir:
+    if hook.type.split('.')[-1] not in REPLACED:  # of video, of text
+        hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+        if args.show_dir:
+            hook.test_out_dir = args.show_dir
         return
-    if cfg.default_scope == 'mmdet':
-        hook.test_out_dir = args.show_dir
-    else:
-        # mmseg leaves the folder to the visualizer, whose default is WORK_DIR/
-        # TIMESTAMP/vis_data, and by default draws one batch in fifty.
-        hook.setdefault('interval', 1)
-        cfg.visualizer.vis_backends = [
-            dict(
-                type='LocalVisBackend',
-                img_save_dir=osp.join('..', args.show_dir),
-            )
-        ]
+    kept = ('interval', 'score_thr', 'backend_args', 'priority')
+    hooks.visualization = dict(
+        {key: hook[key] for key in kept if key in hook},
+        type='mmengine.ComparisonHook',
+        out_dir=args.show_dir,
+        show=args.show,
+        wait_time=args.wait_time,
+    )
 
 
 def keep_predictions(cfg, out):
@@ -100,16 +105,20 @@ def use_tta(cfg):
 def flipped(pipeline):
     """A detector's test pipeline that gives each image plain and flipped.
 
-    Only the last step, which packs the image, comes after the flip.
+    The true boxes are loaded after the flip, so that they fit the image as it
+    is; and then comes the last step, which packs the image.
     """
+    steps = copy.deepcopy(pipeline[:-1])
+    truth = [step for step in steps if 'Annotations' in str(step['type'])]
     pack = copy.deepcopy(pipeline[-1])
     pack.meta_keys = (
         *('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
         *('flip', 'flip_direction'),
     )
     flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
-    both = dict(type='TestTimeAug', transforms=[flips, [pack]])
-    return [*copy.deepcopy(pipeline[:-1]), both]
+    after = [[step] for step in (*truth, pack)]
+    both = dict(type='TestTimeAug', transforms=[flips, *after])
+    return [*(step for step in steps if step not in truth), both]
 
 
 def main():

@@ -49,5 +49,3 @@ val_dataloader = dict(
     )
 )
 test_dataloader = val_dataloader
-
-default_hooks = dict(visualization=dict(interval=1))

@@ -125,7 +125,7 @@ param_scheduler = [
 auto_scale_lr = dict(base_batch_size=4)
 
 default_hooks = dict(
-    logger=dict(interval=50),
+    logger=dict(interval=25),
     checkpoint=dict(max_keep_ckpts=2),
     visualization=dict(score_thr=0.5),
 )

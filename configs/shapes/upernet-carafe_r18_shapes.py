@@ -97,9 +97,7 @@ param_scheduler = [
 ]
 
 default_hooks = dict(
-    logger=dict(interval=50),
+    logger=dict(interval=25),
     checkpoint=dict(interval=max_iters, max_keep_ckpts=2),
-    # Drawing a picture takes mmseg ten times as long as predicting it.
-    visualization=dict(interval=8),
 )
 randomness = dict(seed=0)

@@ -83,7 +83,7 @@ def kernels_figure(
     input_size = input_size or image.shape[:2]
     steps = chain[::-1]
     windows = {
-        (name, i): _window(record, point, input_size)
+        (name, i): window_at(record, point, input_size)
         for name, point in points.items()
         for i, record in enumerate(steps)
     }
@@ -145,7 +145,7 @@ def kernels_figure(
     return figure
 
 
-def _window(record, point, input_size):
+def window_at(record, point, input_size):
     """The kernel of a point: weights or positions, and places in the image."""
     s = record.scale_factor
     coarse = stride_of(input_size, record.before.shape[2:])

@@ -23,6 +23,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import cv2
@@ -189,7 +190,11 @@ def make_split(root, split, num_images, size, seed):
             dict(id=i, name=name) for i, name in enumerate(CLASSES, start=1)
         ],
     )
+    said = time.monotonic()
     for index in range(num_images):
+        if time.monotonic() - said > 5:
+            print(f'{split}: {index} of {num_images} images', flush=True)
+            said = time.monotonic()
         # Seeded one by one, so that a larger set begins with the same images.
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
         picture, labels, objects = make_image(size, rng)

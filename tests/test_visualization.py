@@ -471,10 +471,52 @@ def test_the_outline_holds_nine_tenths(figures):
     figure = figures.trace_figure(image, [record], points)
     axis, corner = figure.axes[:2]
     # 9/16, 3/16 and 3/16: 15/16 of it; an L of three pixels, twice 8 edges
-    edges = [line for line in axis.lines if len(line.get_xdata()) == 2]
+    edges = [line for line in axis.lines if line.get_gid() != 'point']
     assert len(edges) == 2 * 8
     assert axis.get_xlabel() == 'sum 100%, largest 56%'
     assert corner.get_xlabel() == 'sum 56%, largest 56%'
+
+
+def test_nothing_hides_the_pixel(figures):
+    """Strokes point at the 4 x 4 pixels from above, below, left and right."""
+    image = torch.rand(40, 56, 3).numpy()
+    record = one_hot([])
+    for draw in figures.trace_figure, figures.kernels_figure:
+        axis = draw(image, [record], {'a': (21.0, 17.0)}).axes[0]
+        strokes = [each for each in axis.lines if each.get_gid() == 'point']
+        assert len(strokes) == 2 * 4  # each with a white rim
+        sides = []
+        for x, y in (stroke.get_data() for stroke in strokes):
+            # from the centre of the pixel, at columns 20 .. 24, rows 16 .. 20
+            x, y = (set(at - middle) for at, middle in ((x, 22), (y, 18)))
+            across, along = sorted((x, y), key=len)
+            assert across == {0} and min(map(abs, along)) > 2
+            sides.append((min(x) > 0, max(x) < 0, min(y) > 0, max(y) < 0))
+        assert all(sum(each) == 2 for each in zip(*sides))
+
+
+def test_large_images_are_shown_closer(figures):
+    """24 pixels of the map, the point in them; with the image's shape."""
+    record = one_hot([])
+    record.before = torch.zeros(1, C, 50, 70)
+    record.after = torch.zeros(1, C, 100, 140)
+    record.weights = torch.full((1, 1, 25, 2, 2, 50, 70), 1 / 25)
+    image = torch.rand(400, 560, 3).numpy()  # pixels of 8 x 8
+    points = {'inside': (300.5, 100.5), 'last': (559.5, 399.5)}
+    for draw, second in (
+        (figures.trace_figure, 1),
+        (figures.kernels_figure, 2),
+    ):
+        figure = draw(image, [record], points)
+        first, last = figure.axes[0], figure.axes[second]
+        left, right = first.get_xlim()
+        bottom, top = first.get_ylim()
+        assert right - left == pytest.approx(24 * 8)
+        assert bottom - top == pytest.approx(24 * 8 * 400 / 560)
+        # the middle of the pixel of 4 x 4
+        assert (left + right) / 2 == 302 and (bottom + top) / 2 == 102
+        assert last.get_xlim()[1] == 560 and last.get_ylim()[0] == 400
+        assert 'shown closer' in figure.texts[1].get_text()
 
 
 @pytest.mark.parametrize('kind', ['CARAFE', 'DySample'])

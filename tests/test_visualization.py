@@ -4,6 +4,7 @@ import math
 import struct
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,9 +28,11 @@ from mmcarafe.visualization import (
 C, H, W = 8, 5, 7  # not square, and large enough for a whole window
 
 
-def upsampler(kind, **options):
+def upsampler(kind, channels=C, **options):
     """An upsampler whose kernels differ from pixel to pixel."""
-    module = build_upsampler(dict(type=kind, **options), C, guide_channels=C)
+    module = build_upsampler(
+        dict(type=kind, **options), channels, guide_channels=C
+    )
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module.eval()
@@ -562,6 +565,49 @@ def test_features_with_other_channels_are_refused(figures):
         figures.features_figure(torch.rand(40, 56, 3).numpy(), [record])
 
 
+# An image through a whole model
+
+
+class Sliding(nn.Module):
+    """A model that tests by a sliding window and has a head on regions."""
+
+    def __init__(self):
+        super().__init__()
+        self.neck, self.roi_head = upsampler('CARAFE'), nn.Module()
+        self.roi_head.up = upsampler('CARAFE')
+        self.test_cfg = dict(mode='slide', stride=(2, 2))
+        self.modes = []
+
+    def data_preprocessor(self, data, training):
+        return data
+
+    def forward(self, inputs, mode):
+        self.modes.append((mode, self.test_cfg['mode']))
+        self.neck(inputs[0][None])
+        self.roi_head.up(inputs[0][None])
+        return [SimpleNamespace(img_shape=(4, 6))]
+
+
+def test_look_sees_the_whole_image():
+    pictures = pytest.importorskip(
+        'mmcarafe.visualization.pictures', reason='mmengine is not installed'
+    )
+    model = Sliding()
+    data = dict(inputs=[torch.randn(C, H, W)])
+    image = torch.full((8, 18, 3), 255).byte().numpy()
+    seen = pictures.look(model, data, image)
+    assert model.modes == [('predict', 'whole')]
+    assert model.test_cfg['mode'] == 'slide'  # as before
+    assert [each.name for each in seen.drawn] == ['neck']
+    assert [each.name for each in seen.others] == ['roi_head.up']
+    assert seen.image.shape == (4, 6, 3) and seen.image.min() == 1
+    assert seen.input_size == (H, W)
+    assert seen.places({'a': (9.0, 4.0)}) == {'a': (3.0, 2.0)}
+    seen.drawn.clear()
+    with pytest.raises(ValueError, match='ran none of them on the whole'):
+        pictures.draw(seen, {})
+
+
 # The tool
 
 
@@ -644,7 +690,8 @@ def test_pictures(tool, files, config, lists, tmp_path, monkeypatch, capsys):
         for name in lists
         for end in ('kernels', 'spread_and_shift', 'features', 'trace')
     ]
-    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    written = {path.name for path in out.iterdir()}
+    assert written == {*names, 'kernels.html'}
     for name in names:
         header = (out / name).read_bytes()[:24]
         # sharp where a page shows it 880 pixels wide
@@ -654,10 +701,11 @@ def test_pictures(tool, files, config, lists, tmp_path, monkeypatch, capsys):
         line.split('/')[-1]
         for line in printed.splitlines()
         if line.startswith('wrote ')
-    ] == names
+    ] == [*names, 'kernels.html']
     if config == NUCLEI:
         assert 'point (89, 74): column 89, row 74' in printed
-        assert 'not drawn: decode_head.ppm_upsample_modules.0' in printed
+        only = 'only on the page: decode_head.ppm_upsample_modules.0 (CARAFE)'
+        assert only in printed
     else:
         # an untrained detector is sure of nothing
         assert 'the model finds no object' in printed

@@ -1,6 +1,8 @@
 """Kernels and features made visible: what is recorded, and what is drawn."""
 
+import json
 import math
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -757,6 +759,111 @@ def test_mistakes_are_named(
     assert str(error.value).startswith('error: ')
     assert message in str(error.value) and '\n' not in str(error.value)
     assert out.is_file() or not out.exists()
+
+
+UPERNET = 'configs/nuclei/upernet-carafe_r18_nuclei.py'
+MASK_RCNN = 'configs/mask_rcnn/mask-rcnn_r50_fpn-carafe_1x_coco.py'
+SEGFORMER = (
+    'configs/segformer/segformer-carafe_mit-b0_8xb2-160k_ade20k-512x512.py'
+)
+NUCLEUS = 'nuclei/images/val/0d3640c1f1b80f24.png'  # of 320 x 256
+PHOTOGRAPH = 'ade20k_samples/images/validation/ADE_val_00000003.jpg'
+SMALL = 'test_dataloader.dataset.pipeline.1.scale'
+
+
+def arm(kind):
+    return {
+        f'model.decode_head.{place}_upsample_cfg.type': f'mmcarafe.{kind}'
+        for place in ('ppm', 'fpn', 'fuse')
+    }
+
+
+@pytest.mark.parametrize(
+    'config, image, options, kind, steps',
+    [
+        (UPERNET, NUCLEUS, arm('SAPA'), 'SAPA', 3),
+        (UPERNET, NUCLEUS, arm('FreqFusion'), 'FreqFusion', 3),
+        (UPERNET, NUCLEUS, arm('DySample'), 'DySample', 3),
+        (SEGFORMER, PHOTOGRAPH, {SMALL: (256, 128)}, 'CARAFE', 3),
+        (
+            MASK_RCNN,
+            PHOTOGRAPH,
+            {
+                SMALL: (160, 128),
+                'model.backbone.depth': 18,
+                'model.neck.in_channels': [64, 128, 256, 512],
+                'model.test_cfg.rcnn.score_thr': 0.0,
+                'model.test_cfg.rcnn.max_per_img': 3,
+            },
+            'CARAFE',
+            3,
+        ),
+        (None, PHOTOGRAPH, {SMALL: (160, 128)}, 'CARAFEPack', 4),
+    ],
+    ids=['SAPA', 'FreqFusion', 'DySample', 'SegFormer', 'masks', 'mmdet'],
+)
+def test_real_images(
+    tool,
+    real_data,
+    config,
+    image,
+    options,
+    kind,
+    steps,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    """Untrained models of every kind."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    from mmcarafe.visualization import figures
+
+    monkeypatch.setattr(figures, 'DPI', 40)  # for the sake of time
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tool, 'SCORE', 0.0)  # whatever is found counts
+    if config is None:  # mmdet's own neck, on our operator
+        config = tmp_path / 'fpn_carafe.py'
+        config.write_text(
+            "_base_ = 'mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py'\n"
+            "custom_imports = dict(imports=['mmcarafe.drop_in'])\n"
+            'model = dict(backbone=dict(depth=18),'
+            'neck=dict(in_channels=[64, 128, 256, 512]))'
+        )
+    cfg = Config.fromfile(config)
+    if config != UPERNET:
+        options = {**options, 'model.backbone.init_cfg': None}
+    cfg.merge_from_dict(options)
+    init_default_scope(cfg.default_scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # mmseg's, about its losses
+        model = MODELS.build(cfg.model)
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    run(
+        tool,
+        monkeypatch,
+        *(config, tmp_path / 'model.pth', real_data / image),
+        *([] if config == MASK_RCNN else ['--points', '120,90']),
+        *('--out', tmp_path / 'out', '--cfg-options'),
+        *(f'{key}={value}' for key, value in options.items()),
+    )
+    page = (tmp_path / 'out/kernels.html').read_text(encoding='utf-8')
+    data = json.loads(re.search('^const DATA = (.*);$', page, re.M)[1])
+    first, *others = data['lists'].values()
+    assert [each['stride'] for each in first['steps'][:steps]] == [
+        8 * 2**i for i in range(steps)
+    ]
+    assert first['traced'] == steps
+    assert {step['kind'] for step in first['steps']} == {kind}
+    pictures = [file.stem for file in (tmp_path / 'out').glob('*.png')]
+    assert len(pictures) == 4 * (2 if config == UPERNET else 1)
+    assert len(others) == (2 if config == UPERNET else 0)
+    printed = capsys.readouterr().out
+    if config == MASK_RCNN:
+        assert 'the points belong to an object of score' in printed
+        assert 'roi_head.mask_head.upsample (CARAFE)' in printed
 
 
 def test_points_of_a_box(tool):

@@ -5,14 +5,15 @@ from importlib.util import find_spec
 
 __version__ = '0.1.0'
 
-# Names in mmcarafe.models, and what they need besides torch. All others come
-# from mmcarafe.upsamplers, which needs torch alone.
+# Where names are, and what they need besides torch. All others come from
+# mmcarafe.upsamplers, which needs torch alone.
 _NEEDS = {
-    'CARAFEFPN': ('mmengine', 'mmdet'),
-    'CARAFEPAFPN': ('mmengine', 'mmdet'),
+    'CARAFEFPN': ('models', 'mmengine', 'mmdet'),
+    'CARAFEPAFPN': ('models', 'mmengine', 'mmdet'),
     # mmseg imports the last two but does not list them as requirements
-    'CARAFEUPerHead': ('mmengine', 'mmseg', 'ftfy', 'regex'),
-    'CARAFESegformerHead': ('mmengine', 'mmseg', 'ftfy', 'regex'),
+    'CARAFEUPerHead': ('models', 'mmengine', 'mmseg', 'ftfy', 'regex'),
+    'CARAFESegformerHead': ('models', 'mmengine', 'mmseg', 'ftfy', 'regex'),
+    'KernelVisualizationHook': ('visualization.hook', 'mmengine'),
 }
 
 
@@ -21,12 +22,13 @@ def __getattr__(name):
     if name in ('ops', 'upsamplers', 'models', 'visualization'):
         return importlib.import_module(f'mmcarafe.{name}')
     if name in _NEEDS:
-        missing = [module for module in _NEEDS[name] if not find_spec(module)]
+        place, *needs = _NEEDS[name]
+        missing = [module for module in needs if not find_spec(module)]
         if missing:
             raise ImportError(
                 f'mmcarafe.{name} needs {", ".join(missing)}: not installed'
             )
-        return getattr(importlib.import_module('mmcarafe.models'), name)
+        return getattr(importlib.import_module(f'mmcarafe.{place}'), name)
     upsamplers = importlib.import_module('mmcarafe.upsamplers')
     if name == '__all__':  # of `from mmcarafe import *`
         return [*upsamplers.__all__, *_NEEDS]

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 
 from mmengine.config import utils
+from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import METRICS as ROOT_METRICS
 from mmengine.registry import MODELS as ROOT
 from mmengine.registry import Registry
@@ -16,6 +17,12 @@ METRICS = Registry(
     parent=ROOT_METRICS,
     scope='mmcarafe',
     locations=['mmcarafe.evaluation'],
+)
+HOOKS = Registry(
+    'hook',
+    parent=ROOT_HOOKS,
+    scope='mmcarafe',
+    locations=['mmcarafe.visualization.hook'],
 )
 
 HAS_MMDET = find_spec('mmdet') is not None

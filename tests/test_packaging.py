@@ -112,9 +112,10 @@ def test_archive_holds_no_links_and_no_leftovers(sdist, wheel):
     assert any(name.endswith('LICENSE') for name in names)
 
 
-def test_configs_and_tools_are_inside(installed):
+def test_configs_tools_and_data_are_inside(installed):
     assert mim_files(ROOT) > {'model-index.yml'}
     assert mim_files(installed / 'mmcarafe' / '.mim') == mim_files(ROOT)
+    assert (installed / 'mmcarafe/visualization/page.html').is_file()
     for name in mim_files(ROOT):
         inside = installed / 'mmcarafe' / '.mim' / name
         assert inside.read_bytes() == (ROOT / name).read_bytes()

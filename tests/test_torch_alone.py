@@ -228,6 +228,7 @@ for name in sys.argv[1:]:
         'CARAFEPAFPN',
         'CARAFEUPerHead',
         'CARAFESegformerHead',
+        'KernelVisualizationHook',
     )
     assert output.splitlines() == [
         'mmcarafe.CARAFEFPN needs mmengine, mmdet: not installed',
@@ -236,6 +237,7 @@ for name in sys.argv[1:]:
         'not installed',
         'mmcarafe.CARAFESegformerHead needs mmengine, mmseg, ftfy, regex: '
         'not installed',
+        'mmcarafe.KernelVisualizationHook needs mmengine: not installed',
     ]
 
 
@@ -308,6 +310,10 @@ MAY_IMPORT = {
     'mmcarafe.visualization': {
         'mmcarafe.ops',
         'mmcarafe.upsamplers',
+        'mmcarafe.visualization',
+    },
+    'mmcarafe.visualization.hook': {
+        'mmcarafe.registry',
         'mmcarafe.visualization',
     },
 }

@@ -1,9 +1,12 @@
 """Kernels and features made visible: what is recorded, and what is drawn."""
 
+import json
 import math
+import re
 import struct
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,9 +30,11 @@ from mmcarafe.visualization import (
 C, H, W = 8, 5, 7  # not square, and large enough for a whole window
 
 
-def upsampler(kind, **options):
+def upsampler(kind, channels=C, **options):
     """An upsampler whose kernels differ from pixel to pixel."""
-    module = build_upsampler(dict(type=kind, **options), C, guide_channels=C)
+    module = build_upsampler(
+        dict(type=kind, **options), channels, guide_channels=C
+    )
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module.eval()
@@ -471,10 +476,52 @@ def test_the_outline_holds_nine_tenths(figures):
     figure = figures.trace_figure(image, [record], points)
     axis, corner = figure.axes[:2]
     # 9/16, 3/16 and 3/16: 15/16 of it; an L of three pixels, twice 8 edges
-    edges = [line for line in axis.lines if len(line.get_xdata()) == 2]
+    edges = [line for line in axis.lines if line.get_gid() != 'point']
     assert len(edges) == 2 * 8
     assert axis.get_xlabel() == 'sum 100%, largest 56%'
     assert corner.get_xlabel() == 'sum 56%, largest 56%'
+
+
+def test_nothing_hides_the_pixel(figures):
+    """Strokes point at the 4 x 4 pixels from above, below, left and right."""
+    image = torch.rand(40, 56, 3).numpy()
+    record = one_hot([])
+    for draw in figures.trace_figure, figures.kernels_figure:
+        axis = draw(image, [record], {'a': (21.0, 17.0)}).axes[0]
+        strokes = [each for each in axis.lines if each.get_gid() == 'point']
+        assert len(strokes) == 2 * 4  # each with a white rim
+        sides = []
+        for x, y in (stroke.get_data() for stroke in strokes):
+            # from the centre of the pixel, at columns 20 .. 24, rows 16 .. 20
+            x, y = (set(at - middle) for at, middle in ((x, 22), (y, 18)))
+            across, along = sorted((x, y), key=len)
+            assert across == {0} and min(map(abs, along)) > 2
+            sides.append((min(x) > 0, max(x) < 0, min(y) > 0, max(y) < 0))
+        assert all(sum(each) == 2 for each in zip(*sides))
+
+
+def test_large_images_are_shown_closer(figures):
+    """24 pixels of the map, the point in them; with the image's shape."""
+    record = one_hot([])
+    record.before = torch.zeros(1, C, 50, 70)
+    record.after = torch.zeros(1, C, 100, 140)
+    record.weights = torch.full((1, 1, 25, 2, 2, 50, 70), 1 / 25)
+    image = torch.rand(400, 560, 3).numpy()  # pixels of 8 x 8
+    points = {'inside': (300.5, 100.5), 'last': (559.5, 399.5)}
+    for draw, second in (
+        (figures.trace_figure, 1),
+        (figures.kernels_figure, 2),
+    ):
+        figure = draw(image, [record], points)
+        first, last = figure.axes[0], figure.axes[second]
+        left, right = first.get_xlim()
+        bottom, top = first.get_ylim()
+        assert right - left == pytest.approx(24 * 8)
+        assert bottom - top == pytest.approx(24 * 8 * 400 / 560)
+        # the middle of the pixel of 4 x 4
+        assert (left + right) / 2 == 302 and (bottom + top) / 2 == 102
+        assert last.get_xlim()[1] == 560 and last.get_ylim()[0] == 400
+        assert 'shown closer' in figure.texts[1].get_text()
 
 
 @pytest.mark.parametrize('kind', ['CARAFE', 'DySample'])
@@ -518,6 +565,49 @@ def test_features_with_other_channels_are_refused(figures):
     record.after = record.after[:, :3]
     with pytest.raises(ValueError, match='makes 3 channels of 8'):
         figures.features_figure(torch.rand(40, 56, 3).numpy(), [record])
+
+
+# An image through a whole model
+
+
+class Sliding(nn.Module):
+    """A model that tests by a sliding window and has a head on regions."""
+
+    def __init__(self):
+        super().__init__()
+        self.neck, self.roi_head = upsampler('CARAFE'), nn.Module()
+        self.roi_head.up = upsampler('CARAFE')
+        self.test_cfg = dict(mode='slide', stride=(2, 2))
+        self.modes = []
+
+    def data_preprocessor(self, data, training):
+        return data
+
+    def forward(self, inputs, mode):
+        self.modes.append((mode, self.test_cfg['mode']))
+        self.neck(inputs[0][None])
+        self.roi_head.up(inputs[0][None])
+        return [SimpleNamespace(img_shape=(4, 6))]
+
+
+def test_look_sees_the_whole_image():
+    pictures = pytest.importorskip(
+        'mmcarafe.visualization.pictures', reason='mmengine is not installed'
+    )
+    model = Sliding()
+    data = dict(inputs=[torch.randn(C, H, W)])
+    image = torch.full((8, 18, 3), 255).byte().numpy()
+    seen = pictures.look(model, data, image)
+    assert model.modes == [('predict', 'whole')]
+    assert model.test_cfg['mode'] == 'slide'  # as before
+    assert [each.name for each in seen.drawn] == ['neck']
+    assert [each.name for each in seen.others] == ['roi_head.up']
+    assert seen.image.shape == (4, 6, 3) and seen.image.min() == 1
+    assert seen.input_size == (H, W)
+    assert seen.places({'a': (9.0, 4.0)}) == {'a': (3.0, 2.0)}
+    seen.drawn.clear()
+    with pytest.raises(ValueError, match='ran none of them on the whole'):
+        pictures.draw(seen, {})
 
 
 # The tool
@@ -602,7 +692,8 @@ def test_pictures(tool, files, config, lists, tmp_path, monkeypatch, capsys):
         for name in lists
         for end in ('kernels', 'spread_and_shift', 'features', 'trace')
     ]
-    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    written = {path.name for path in out.iterdir()}
+    assert written == {*names, 'kernels.html'}
     for name in names:
         header = (out / name).read_bytes()[:24]
         # sharp where a page shows it 880 pixels wide
@@ -612,10 +703,11 @@ def test_pictures(tool, files, config, lists, tmp_path, monkeypatch, capsys):
         line.split('/')[-1]
         for line in printed.splitlines()
         if line.startswith('wrote ')
-    ] == names
+    ] == [*names, 'kernels.html']
     if config == NUCLEI:
         assert 'point (89, 74): column 89, row 74' in printed
-        assert 'not drawn: decode_head.ppm_upsample_modules.0' in printed
+        only = 'only on the page: decode_head.ppm_upsample_modules.0 (CARAFE)'
+        assert only in printed
     else:
         # an untrained detector is sure of nothing
         assert 'the model finds no object' in printed
@@ -667,6 +759,111 @@ def test_mistakes_are_named(
     assert str(error.value).startswith('error: ')
     assert message in str(error.value) and '\n' not in str(error.value)
     assert out.is_file() or not out.exists()
+
+
+UPERNET = 'configs/nuclei/upernet-carafe_r18_nuclei.py'
+MASK_RCNN = 'configs/mask_rcnn/mask-rcnn_r50_fpn-carafe_1x_coco.py'
+SEGFORMER = (
+    'configs/segformer/segformer-carafe_mit-b0_8xb2-160k_ade20k-512x512.py'
+)
+NUCLEUS = 'nuclei/images/val/0d3640c1f1b80f24.png'  # of 320 x 256
+PHOTOGRAPH = 'ade20k_samples/images/validation/ADE_val_00000003.jpg'
+SMALL = 'test_dataloader.dataset.pipeline.1.scale'
+
+
+def arm(kind):
+    return {
+        f'model.decode_head.{place}_upsample_cfg.type': f'mmcarafe.{kind}'
+        for place in ('ppm', 'fpn', 'fuse')
+    }
+
+
+@pytest.mark.parametrize(
+    'config, image, options, kind, steps',
+    [
+        (UPERNET, NUCLEUS, arm('SAPA'), 'SAPA', 3),
+        (UPERNET, NUCLEUS, arm('FreqFusion'), 'FreqFusion', 3),
+        (UPERNET, NUCLEUS, arm('DySample'), 'DySample', 3),
+        (SEGFORMER, PHOTOGRAPH, {SMALL: (256, 128)}, 'CARAFE', 3),
+        (
+            MASK_RCNN,
+            PHOTOGRAPH,
+            {
+                SMALL: (160, 128),
+                'model.backbone.depth': 18,
+                'model.neck.in_channels': [64, 128, 256, 512],
+                'model.test_cfg.rcnn.score_thr': 0.0,
+                'model.test_cfg.rcnn.max_per_img': 3,
+            },
+            'CARAFE',
+            3,
+        ),
+        (None, PHOTOGRAPH, {SMALL: (160, 128)}, 'CARAFEPack', 4),
+    ],
+    ids=['SAPA', 'FreqFusion', 'DySample', 'SegFormer', 'masks', 'mmdet'],
+)
+def test_real_images(
+    tool,
+    real_data,
+    config,
+    image,
+    options,
+    kind,
+    steps,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    """Untrained models of every kind."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    from mmcarafe.visualization import figures
+
+    monkeypatch.setattr(figures, 'DPI', 40)  # for the sake of time
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tool, 'SCORE', 0.0)  # whatever is found counts
+    if config is None:  # mmdet's own neck, on our operator
+        config = tmp_path / 'fpn_carafe.py'
+        config.write_text(
+            "_base_ = 'mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py'\n"
+            "custom_imports = dict(imports=['mmcarafe.drop_in'])\n"
+            'model = dict(backbone=dict(depth=18),'
+            'neck=dict(in_channels=[64, 128, 256, 512]))'
+        )
+    cfg = Config.fromfile(config)
+    if config != UPERNET:
+        options = {**options, 'model.backbone.init_cfg': None}
+    cfg.merge_from_dict(options)
+    init_default_scope(cfg.default_scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # mmseg's, about its losses
+        model = MODELS.build(cfg.model)
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    run(
+        tool,
+        monkeypatch,
+        *(config, tmp_path / 'model.pth', real_data / image),
+        *([] if config == MASK_RCNN else ['--points', '120,90']),
+        *('--out', tmp_path / 'out', '--cfg-options'),
+        *(f'{key}={value}' for key, value in options.items()),
+    )
+    page = (tmp_path / 'out/kernels.html').read_text(encoding='utf-8')
+    data = json.loads(re.search('^const DATA = (.*);$', page, re.M)[1])
+    first, *others = data['lists'].values()
+    assert [each['stride'] for each in first['steps'][:steps]] == [
+        8 * 2**i for i in range(steps)
+    ]
+    assert first['traced'] == steps
+    assert {step['kind'] for step in first['steps']} == {kind}
+    pictures = [file.stem for file in (tmp_path / 'out').glob('*.png')]
+    assert len(pictures) == 4 * (2 if config == UPERNET else 1)
+    assert len(others) == (2 if config == UPERNET else 0)
+    printed = capsys.readouterr().out
+    if config == MASK_RCNN:
+        assert 'the points belong to an object of score' in printed
+        assert 'roi_head.mask_head.upsample (CARAFE)' in printed
 
 
 def test_points_of_a_box(tool):

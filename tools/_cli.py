@@ -32,9 +32,10 @@ from mmengine.registry import (
 from mmengine.runner import Runner
 from mmengine.utils import apply_to, import_modules_from_strings
 
-import mmcarafe.registry  # noqa: F401  (so that mmseg:: is found)
+import mmcarafe.registry  # so that mmseg:: is found
 from mmcarafe import checkpoint
 from mmcarafe.models.fpn import TopDown
+from mmcarafe.registry import HOOKS
 
 checkpoint.enable()
 
@@ -404,6 +405,14 @@ def channel_errors():
             if isinstance(frame.f_locals.get('self'), torch.nn.Module)
         ]
         fail(f'model: {type(modules[-1]).__name__}: {error}')
+
+
+def check_hooks(cfg, model):
+    """Build our own hooks, which say what is wrong with their arguments."""
+    for i, hook in enumerate(cfg.get('custom_hooks') or []):
+        if str(hook.get('type')).startswith('mmcarafe.'):
+            with user_errors(f'custom_hooks.{i}'):
+                HOOKS.build(copy.deepcopy(hook)).check(cfg, model)
 
 
 def build_optimizer(cfg, model):

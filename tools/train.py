@@ -129,6 +129,7 @@ def check(cfg):
                 _cli.fail(f'the config has val_cfg but no {key}')
         _data.check_data(cfg, 'val')
     model = _cli.build_model(cfg)
+    _cli.check_hooks(cfg, model)
     optim_wrapper = _cli.build_optimizer(cfg, model)
     if cfg.get('load_from'):
         checkpoint = _checkpoints.load(cfg.load_from)

@@ -44,6 +44,7 @@ SIZES = (
     'Headings say which square of image pixels one pixel of a map covers, '
     'before → after.'
 )
+MOST = 24  # pixels of a map, of which a picture shows what it enlarges
 SMALL, MEDIUM, LARGE = 7.5, 8.5, 10.5  # points
 
 
@@ -82,6 +83,9 @@ def kernels_figure(
     """
     input_size = input_size or image.shape[:2]
     steps = chain[::-1]
+    strides = [
+        stride_of(input_size, record.before.shape[2:]) for record in steps
+    ]
     windows = {
         (name, i): window_at(record, point, input_size)
         for name, point in points.items()
@@ -101,18 +105,19 @@ def kernels_figure(
     text = (
         'Left: the window in the image, with its weights as heat. Right: the '
         'window enlarged, and its largest weight.\n'
-        'Ring and × are the point. What is hatched lies outside the map, and '
-        'reads zero.'
+        'Orange strokes and × are the point. What is hatched lies outside '
+        'the map, and reads zero.'
         if weighted
         else 'Left: the window in the image. Right: the window enlarged. Dots '
         'are where it is read, one for each group of channels.\n'
-        'Ring and × are the point. What is hatched lies outside the map, and '
-        'reads its border.'
+        'Orange strokes and × are the point. What is hatched lies outside '
+        'the map, and reads its border.'
     )
     figure, top = _figure(
         row * len(points),
-        f'Which pixels of a coarser map a point is made of: {_list_of(chain)}',
-        f'{text}\n{SIZES}',
+        'Which pixels of a coarser map a point is made of: '
+        f'{list_of(chain[0])}',
+        f'{text}\n{SIZES}{_cropped(image, strides)}',
         head=0.45,
         foot=0.75 if weighted else 0.2,
     )
@@ -125,18 +130,18 @@ def kernels_figure(
         hspace=0.16,
     )
     mesh = None
-    for r, (name, point) in enumerate(points.items()):
+    for r, name in enumerate(points):
         for i, record in enumerate(steps):
             left = figure.add_subplot(grid[r, 2 * i])
             right = figure.add_subplot(grid[r, 2 * i + 1])
             window = windows[name, i]
-            _draw_window(left, image, window, point, norm)
+            _draw_window(left, image, window, norm)
             mesh = _draw_enlarged(right, window, norm) or mesh
             if i == 0:
                 left.set_ylabel(name, fontsize=MEDIUM)
             if r == 0:
                 left.set_title(
-                    _heading(record, input_size), fontsize=MEDIUM, loc='left'
+                    heading(record, input_size), fontsize=MEDIUM, loc='left'
                 )
     if mesh is not None:
         _color_bar(
@@ -159,6 +164,12 @@ def window_at(record, point, input_size):
         'center': (row // s, column // s),
         'own': ((row + 0.5) / s, (column + 0.5) / s),
         'size': record.before.shape[2:],
+        # centre and size in the image
+        'pixel': (
+            (column + 0.5) * coarse / s,
+            (row + 0.5) * coarse / s,
+            coarse / s,
+        ),
     }
     if record.weights is not None:
         k = record.kernel_size
@@ -175,9 +186,10 @@ def window_at(record, point, input_size):
     return found
 
 
-def _draw_window(axis, image, window, point, norm):
+def _draw_window(axis, image, window, norm):
     _show_image(axis, image)
     stride, k = window['stride'], window['kernel_size']
+    _zoom(axis, image, window['pixel'], stride)
     top, left = (stride * (each - k // 2) for each in window['center'])
     size = stride * k
     if 'weights' in window:
@@ -189,7 +201,7 @@ def _draw_window(axis, image, window, point, norm):
         axis.add_patch(
             Rectangle((left, top), size, size, fill=False, ec=color, lw=line)
         )
-    _mark(axis, *point)
+    _point_at(axis, *window['pixel'])
 
 
 def _draw_enlarged(axis, window, norm):
@@ -235,7 +247,7 @@ def _draw_enlarged(axis, window, norm):
                 ec='white',
             )
         )
-    _mark(axis, window['own'][1], window['own'][0], 'x')
+    _cross(axis, window['own'][1], window['own'][0])
     if 'weights' in window:
         largest = f'largest {_percent(window["weights"].max())}'
         axis.set_xlabel(largest, fontsize=SMALL, labelpad=2)
@@ -273,7 +285,7 @@ def statistics_figure(
     ) * (rows - 1)
     figure, top = _figure(
         cell * rows,
-        f'How the kernels differ over the image: {_list_of(chain)}',
+        f'How the kernels differ over the image: {list_of(chain[0])}',
         f'{text}'
         "Shift: how far the kernel's centre of mass lies from the point; "
         'arrows show where. Bilinear interpolation has none.\n'
@@ -298,10 +310,11 @@ def statistics_figure(
     moves = [center_of_mass(record)[0].mean(0).float() for record in steps]
     far = max(move.norm(dim=0).max().item() for move in moves) or 1.0
     low = min([s.min().item() for s in spreads if s is not None] or [0.0])
+    font = MEDIUM if len(steps) < 4 else SMALL  # headings side by side
     for i, (record, spread, move) in enumerate(zip(steps, spreads, moves)):
         axes = [figure.add_subplot(grid[r, i + 1]) for r in range(rows)]
         axes[0].set_title(
-            _heading(record, input_size), fontsize=MEDIUM, loc='left'
+            heading(record, input_size), fontsize=font, loc='left'
         )
         fine = stride_of(input_size, record.before.shape[2:])
         fine = fine / record.scale_factor
@@ -392,7 +405,7 @@ def features_figure(
     cell = (WIDTH - 1.0) / 5 * aspect + 0.1
     figure, top = _figure(
         cell * len(steps),
-        f'Features before and after upsampling: {_list_of(chain)}',
+        f'Features before and after upsampling: {list_of(chain[0])}',
         'Red, green and blue are the three strongest components of the map '
         'before, in the same range in all of a row.\n'
         f'{SIZES}',
@@ -418,7 +431,7 @@ def features_figure(
         fine = coarse / record.scale_factor
         axis = figure.add_subplot(grid[r, 0])
         _show_image(axis, image, pale=False)
-        axis.set_ylabel(_heading(record, input_size), fontsize=SMALL)
+        axis.set_ylabel(heading(record, input_size), fontsize=SMALL)
         if r == 0:
             axis.set_title('the image', fontsize=MEDIUM)
         titles = ['before = nearest', 'bilinear', record.kind]
@@ -473,12 +486,13 @@ def trace_figure(
     cell = (WIDTH - 0.55) / columns * aspect + 0.24
     figure, top = _figure(
         cell * len(chain),
-        f'Where a pixel of the finest map comes from: {_list_of(chain)}',
-        f'The pixel covers {fine:g} × {fine:g} pixels of the image, in the '
-        'ring. Only the upsamplers count.\n'
+        f'Where a pixel of the finest map comes from: {list_of(chain[0])}',
+        f'Orange strokes point at the pixel, which covers {fine:g} × '
+        f'{fine:g} pixels of the image. Only the upsamplers count.\n'
         'Heat: what a pixel of the level adds to it. Outline: the fewest '
         'pixels that add nine tenths of the sum.\n'
-        'The sum is less than 100% where kernels reach beyond the border.',
+        'The sum is less than 100% where kernels reach beyond the border.'
+        f'{_cropped(image, strides)}',
         head=0.25,
         foot=0.75,
     )
@@ -491,21 +505,21 @@ def trace_figure(
     )
     mesh = None
     for c, (name, point) in enumerate(points.items()):
-        maps = trace(
-            chain,
-            min(int(point[1] // fine), height - 1),
-            min(int(point[0] // fine), width - 1),
-        )
+        row = min(int(point[1] // fine), height - 1)
+        column = min(int(point[0] // fine), width - 1)
+        maps = trace(chain, row, column)
         for r, (record, influence) in enumerate(zip(chain, maps)):
             axis = figure.add_subplot(grid[r, c])
             _show_image(axis, image)
+            pixel = (column + 0.5) * fine, (row + 0.5) * fine, fine
+            _zoom(axis, image, pixel, strides[r])
             shown = influence.float().cpu().numpy()
             most = max(shown.max(), 1e-12)
             mesh = _heat(
                 axis, shown / most, (0, 0, strides[r]), Normalize(0, 1)
             )
             _outline(axis, shown, strides[r])
-            _mark(axis, *point)
+            _point_at(axis, *pixel)
             axis.set_xlabel(
                 f'sum {_percent(shown.sum())}, largest {_percent(most)}',
                 fontsize=SMALL,
@@ -514,7 +528,7 @@ def trace_figure(
             if c == 0:
                 axis.set_ylabel(
                     f'pixels of {strides[r]} × {strides[r]}\n'
-                    f'before {_number(record.name)}',
+                    f'before {number_of(record.name)}',
                     fontsize=SMALL,
                 )
             if r == 0:
@@ -578,21 +592,22 @@ def _margins(figure, above_and_below, left=0.1, right=0.1):
     )
 
 
-def _heading(record, input_size):
+def heading(record: Record, input_size: 'tuple[int, int]') -> str:
+    """Two lines: the sizes of a module's pixels, and its class and number."""
     coarse = stride_of(input_size, record.before.shape[2:])
     fine = coarse // record.scale_factor
     return (
         f'{coarse} × {coarse} → {fine} × {fine} pixels\n'
-        f'{record.kind}, {_number(record.name)}'
+        f'{record.kind}, {number_of(record.name)}'
     )
 
 
-def _list_of(chain):
-    """The dotted name that the modules of a chain have in common."""
-    return re.sub(r'(\.\d+)+$', '', chain[0].name) or 'the model'
+def list_of(record: Record) -> str:
+    """The dotted name that a module has in common with others of its list."""
+    return re.sub(r'(\.\d+)+$', '', record.name) or 'the model'
 
 
-def _number(name):
+def number_of(name: str) -> str:
     """What tells a module apart from others in its list."""
     found = re.search(r'\d+(\.\d+)*$', name)
     return f'module {found[0]}' if found else name.split('.')[-1]
@@ -629,10 +644,33 @@ def _show_image(axis, image, pale=True):
     if pale:
         image = 0.35 + 0.65 * np.repeat((grey[..., None] - low) / span, 3, 2)
     else:
-        image = image / max(np.percentile(image, 99.5), 1e-6)
+        image = brightened(image)
     image = image.clip(0, 1)
     axis.imshow(image, extent=_extent(image, 1), interpolation='nearest')
     _frame(axis, image)
+
+
+def _cropped(image, strides):
+    """A sentence, if :func:`_zoom` does anything."""
+    if max(image.shape) <= MOST * min(strides):
+        return ''
+    return ' Fine maps are shown closer.'
+
+
+def _zoom(axis, image, pixel, stride):
+    """Show no more of a large image than MOST pixels of the map."""
+    height, width = image.shape[:2]
+    share = min(1, MOST * stride / max(height, width))
+    limits = []
+    for at, length in zip(pixel, (width, height)):
+        start = min(max(at - share * length / 2, 0), (1 - share) * length)
+        limits.append((start, start + share * length))
+    axis.set(xlim=limits[0], ylim=limits[1][::-1])
+
+
+def brightened(image: np.ndarray) -> np.ndarray:
+    """Up to 1, so that dark images are seen, too."""
+    return (image / max(np.percentile(image, 99.5), 1e-6)).clip(0, 1)
 
 
 def _show_map(axis, image, values, stride, cmap, low, high):
@@ -665,19 +703,33 @@ def _heat(axis, values, place, norm):
     return mesh
 
 
-def _mark(axis, x, y, marker='o'):
-    """A ring, in which the point can be seen, or a cross."""
+def _point_at(axis, x, y, size):
+    """Four strokes towards a pixel, whose surroundings stay in sight.
+
+    Args:
+        axis (Axes): of the image, with its limits.
+        x (float): of the pixel's centre.
+        y (float): the same.
+        size (float): of the pixel.
+    """
+    side = max(abs(b - a) for a, b in (axis.get_xlim(), axis.get_ylim()))
+    near = size / 2 + side / 25
+    far = near + side / 25
+    for color, line in (('white', 3.2), (POINT, 1.8)):
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            axis.plot(
+                [x + near * dx, x + far * dx],
+                [y + near * dy, y + far * dy],
+                color=color,
+                lw=line,
+                solid_capstyle='butt',
+                gid='point',
+            )
+
+
+def _cross(axis, x, y):
     for color, line in (('white', 2.6), (POINT, 1.4)):
-        axis.plot(
-            x,
-            y,
-            marker,
-            color=color,
-            mfc='none',
-            ms=8 if marker == 'o' else 6,
-            mew=line,
-            clip_on=False,
-        )
+        axis.plot(x, y, 'x', color=color, ms=6, mew=line, clip_on=False)
 
 
 def _color_bar(figure, mesh, text, percent=False):

@@ -70,11 +70,11 @@ class KernelRecorder:
         for record in recorder.records:  # in the order of the calls
             print(record.name, record.kind, record.kernel_size)
 
-    CARAFE, the dynamic filter, SAPA and FreqFusion (its low-pass kernels) are
-    recorded with weights, and DySample with positions. The other types of
-    ``UPSAMPLERS`` are recorded with neither; so is the record of a module that
-    a subclass has changed beyond recognition. Weights are those that the
-    operator got, not computed anew.
+    CARAFE (mmcv's, too, with :mod:`mmcarafe.drop_in`), the dynamic filter,
+    SAPA and FreqFusion (its low-pass kernels) are recorded with weights, and
+    DySample with positions. The other types of ``UPSAMPLERS`` are recorded
+    with neither; so is a module that a subclass has changed beyond
+    recognition. Weights are those that the operator got, not computed anew.
 
     A record holds copies, which take memory: K*K*S*S*G/C times the map's for
     the weights. The model computes what it does without the recorder. Modules
@@ -97,7 +97,7 @@ class KernelRecorder:
 
     def __enter__(self):
         for name, module in self.model.named_modules():
-            if isinstance(module, _TYPES):
+            if isinstance(module, _TYPES) or is_mmcv_carafe(module):
                 self._handles += [
                     module.register_forward_pre_hook(self._begin),
                     module.register_forward_hook(self._end(name)),
@@ -140,6 +140,14 @@ class KernelRecorder:
             self.records.append(record)
 
         return hook
+
+
+def is_mmcv_carafe(module: nn.Module) -> bool:
+    """Whether it is mmcv's, which :mod:`mmcarafe.drop_in` runs on ours.
+
+    It goes by name, because mmcv may be missing.
+    """
+    return any(cls.__name__ == 'CARAFEPack' for cls in type(module).__mro__)
 
 
 class _Listener(TorchDispatchMode):

@@ -2,15 +2,17 @@ r"""Draw what a trained model's upsamplers do to one image.
 
 For each list of upsamplers that leads from a coarse map to the finest
 (``neck.upsample_modules`` of a detector; those of FPN and of FUSE in a
-``CARAFEUPerHead``) it writes four pictures:
+``CARAFEUPerHead``) it writes four pictures, and one page for all of them:
 
 - ``LIST_kernels.png``: the pixels that chosen points are made of;
 - ``LIST_spread_and_shift.png``: how even the kernels are over the image, and
   where their centres of mass lie;
 - ``LIST_features.png``: features upsampled by nearest, bilinearly and by the
-  model, in the same colours;
+  model, in the same colours (if it keeps the number of channels);
 - ``LIST_trace.png``: where a point of the finest map comes from, at each
-  coarser level.
+  coarser level;
+- ``kernels.html``: a page that shows the kernels of the pixel that a reader
+  clicks. It holds all that it needs, and needs no network.
 
 Usage::
 
@@ -26,25 +28,32 @@ import argparse
 import math
 import os.path as osp
 import sys
-from importlib.util import find_spec
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
-from mmengine.dataset import Compose
-from mmengine.registry import TRANSFORMS, init_default_scope
+from mmengine.registry import init_default_scope
 
-from mmcarafe.upsamplers import CARAFE, SAPA, DySample, FreqFusion
-from mmcarafe.visualization import KernelRecorder, chains
+from mmcarafe.visualization.page import kernels_page
+from mmcarafe.visualization.pictures import (
+    EXPECTED,
+    draw,
+    edge_points,
+    finest_chains,
+    has_kernels,
+    look,
+    name_points,
+    prepare,
+    read_image,
+    steepness,
+)
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # tools, for _cli
 import _checkpoints  # noqa: E402
 import _cli  # noqa: E402
 from _cli import CFG_OPTIONS, fail, say, some  # noqa: E402
 
-MOST = 6  # points, for which a picture has room
-KINDS = (CARAFE, SAPA, FreqFusion, DySample)
 SCORE = 0.3  # of a detection that counts as found
 
 
@@ -69,51 +78,35 @@ def parse_args():
     return parser.parse_args()
 
 
-def read_image(path):
-    """``ndarray[H, W, 3]``, in OpenCV's order of colours."""
-    if not osp.isfile(path):
-        fail(f'image: there is no file {path}')
-    image = (
-        cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-        if (osp.getsize(path))
-        else None
-    )
-    if image is None:
-        fail(f'image: expected an image, {path} is none that OpenCV can read')
-    return image
-
-
 def read_points(words, image):
     """The points of ``--points``, or None without."""
     if words is None:
         return None
-    height, width = image.shape[:2]
-    if len(words) > MOST:
-        fail(f'--points: expected at most {MOST} points, got {len(words)}')
-    points = {}
+    pixels = []
     for word in words:
         try:
             x, y = map(float, word.split(','))
         except ValueError:
             fail(f'--points: expected X,Y such as 40,25, got {word}')
-        if not (0 <= x < width and 0 <= y < height):
-            fail(
-                f'--points: expected X from 0 to {width - 1} and Y from 0 to '
-                f'{height - 1}, inside the image, got {word}'
-            )
-        points[f'({x:g}, {y:g})'] = (x + 0.5, y + 0.5)  # their centres
-    return points
+        pixels.append((x, y))
+    with value_errors('--'):
+        return name_points(pixels, image)
+
+
+@contextmanager
+def value_errors(prefix=''):
+    """Report in one line what the package raised, naming the argument."""
+    try:
+        yield
+    except ValueError as error:
+        fail(f'{prefix}{error}')
 
 
 def build(cfg, args):
     """The model, with the weights of the checkpoint."""
     model = _cli.build_model(cfg)
-    if not any(isinstance(module, KINDS) for module in model.modules()):
-        names = ', '.join(f'mmcarafe.{kind.__name__}' for kind in KINDS)
-        fail(
-            f'config {args.config}: its model has no upsampler with kernels, '
-            f'expected one of {names}'
-        )
+    if not has_kernels(model):
+        fail(f'config {args.config}: its model has {EXPECTED}')
     checkpoint = _checkpoints.load(args.checkpoint)
     _checkpoints.check_weights(model, args.checkpoint, checkpoint)
     test_cfg = getattr(model, 'test_cfg', None) or {}
@@ -121,33 +114,7 @@ def build(cfg, args):
         say(
             'the config tests by a sliding window; here the whole image is one'
         )
-        test_cfg.mode = 'whole'
     return model.eval()
-
-
-def prepare(cfg, image):
-    """Run the test pipeline.
-
-    Returns:
-        dict: what a model's ``test_step`` takes.
-    """
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    if not dataset.get('pipeline'):
-        fail('config: test_dataloader.dataset has no pipeline')
-    steps = [
-        step
-        for step in dataset.pipeline
-        if 'Annotations' not in str(step.get('type'))
-    ]
-    load = dict(type=f'{cfg.default_scope}.LoadImageFromNDArray')
-    with _cli.user_errors('test_dataloader.dataset.pipeline'):
-        pipeline = Compose(
-            [TRANSFORMS.build(step) for step in (load, *steps[1:])]
-        )
-        data = pipeline(dict(img=image, img_id=0))
-    return {key: [value] for key, value in data.items()}
 
 
 # Points, in pixels of the image file
@@ -160,44 +127,35 @@ def choose_points(image, sample):
         image (ndarray[H, W, 3]): the image.
         sample (DataSample): the model's prediction.
     """
-    height, width = image.shape[:2]
-    edges = _edges(image)
-    border, found = {}, _found(sample)
+    found = _found(sample)
     if found is None:
-        points = {
-            f'strong edge {i + 1}': point
-            for i, point in enumerate(_strongest(edges, 3))
-        }
         how = (
             'the model finds no object in the image, so the points are on its '
             'strongest edges'
         )
-        border['at the border'] = (0.5, height / 2)
+        return edge_points(image), how
+    (left, top, right, bottom), mask, what = found
+    if mask is None:
+        x, y = (left + right) / 2, (top + bottom) / 2
+        edge = _on_ray(steepness(image), (x, y), (right - x, 0))
+        corner = _corner(image, found[0])
     else:
-        (left, top, right, bottom), mask, what = found
-        if mask is None:
-            x, y = (left + right) / 2, (top + bottom) / 2
-            to = right - x, bottom - y
-            edge = _on_ray(edges, (x, y), (to[0], 0))
-            corner = _corner(image, found[0])
-        else:
-            (x, y), edge, corner = _of_mask(mask)
-        points = {
-            'inside an object': (x, y),
-            'on its edge': edge,
-            'at its corner': corner,
-        }
-        how = f'the points belong to {what}, which the model finds'
-        border['at the border'] = (0.5, min(max(y, 0.5), height - 0.5))
-    limits = width - 0.5, height - 0.5
+        (x, y), edge, corner = _of_mask(mask)
+    points = {
+        'inside an object': (x, y),
+        'on its edge': edge,
+        'at its corner': corner,
+        'at the border': (0.5, y),
+    }
+    height, width = image.shape[:2]
     points = {
         name: tuple(
-            float(min(max(value, 0.5), limit))
-            for value, limit in zip(point, limits)
+            float(min(max(value, 0.5), length - 0.5))
+            for value, length in zip(point, (width, height))
         )
-        for name, point in {**points, **border}.items()
+        for name, point in points.items()
     }
-    return points, how
+    return points, f'the points belong to {what}, which the model finds'
 
 
 def _found(sample):
@@ -249,15 +207,6 @@ def _of_mask(mask):
     ]
 
 
-def _edges(image):
-    """How steep the image is, ``[H, W]``."""
-    smooth = cv2.GaussianBlur(image.astype(np.float32), (0, 0), 1)
-    right, down = (
-        cv2.Sobel(smooth, cv2.CV_32F, *order) for order in ((1, 0), (0, 1))
-    )
-    return np.hypot(right, down).sum(2)
-
-
 def _on_ray(edges, start, to):
     """The steepest place between half the way and a little beyond all of it.
 
@@ -291,126 +240,51 @@ def _corner(image, box):
     return x + 0.5, y + 0.5
 
 
-def _strongest(edges, number):
-    """The steepest places, each a sixth of the image away from the others."""
-    edges = edges.copy()
-    reach = math.ceil(max(edges.shape) / 6)
-    points = []
-    for _ in range(number):
-        y, x = np.unravel_index(edges.argmax(), edges.shape)
-        points.append((x + 0.5, y + 0.5))
-        edges[
-            max(0, y - reach) : y + reach, max(0, x - reach) : x + reach
-        ] = -1
-    return points
-
-
-# What is drawn
-
-
-def choose_chains(records):
-    """Those that are drawn: they see the whole image, and end finest.
-
-    Args:
-        records (list[Record]): of one image.
-    """
-    found = {
-        name: chain
-        for name, chain in chains(records).items()
-        # which work on regions of the image, maybe on a single one
-        if not name.startswith('roi_head.') and len(chain[0].before) == 1
-    }
-    sizes = {
-        name: chain[0].after.shape[2:].numel() for name, chain in found.items()
-    }
-    finest = max(sizes.values(), default=0)
-    return {
-        name: chain for name, chain in found.items() if sizes[name] == finest
-    }
-
-
-def draw(image, chain, points, input_size):
-    """Yield the end of each file's name, and the figure.
-
-    A figure that the chain does not allow for is left out, and said so.
-    """
-    from mmcarafe.visualization import figures
-
-    yield (
-        'kernels',
-        figures.kernels_figure(image, chain, points, input_size),
-    )
-    yield (
-        'spread_and_shift',
-        figures.statistics_figure(image, chain, input_size),
-    )
-    try:
-        features = figures.features_figure(image, chain, input_size)
-    except ValueError as error:
-        say(f'no picture of features: {error}')
-    else:
-        yield 'features', features
-    yield 'trace', figures.trace_figure(image, chain, points, input_size)
-
-
 def main():
     args = parse_args()
-    if find_spec('matplotlib') is None:
-        fail('the pictures need matplotlib: pip install matplotlib')
     cfg = _cli.read_config(args, 'model', 'default_scope', 'test_dataloader')
     name = osp.splitext(osp.basename(args.config))[0]
     out = Path(args.out or osp.join('work_dirs', name, 'kernels'))
     if out.exists() and not out.is_dir():
         fail(f'--out: expected a folder, {out} is a file')
-    image = read_image(args.image)
+    with value_errors():
+        image = read_image(args.image)
     points = read_points(args.points, image)
     init_default_scope(cfg.default_scope)
     model = build(cfg, args)
-    data = model.data_preprocessor(prepare(cfg, image), False)
-    (pixels,) = data['inputs']
-    with KernelRecorder(model) as recorder, torch.no_grad():
-        (sample,) = model(**data, mode='predict')
-    drawn = choose_chains(recorder.records)
-    if not drawn:
-        fail(
-            'the model has upsamplers with kernels, but ran none of them on '
-            'the whole image'
-        )
+    with _cli.user_errors('test_dataloader.dataset.pipeline'):
+        data = prepare(cfg, image)
+    seen = look(model, data, image)
     if points is None:
-        points, how = choose_points(image, sample)
+        points, how = choose_points(image, seen.sample)
         say(how)
-
-    # as the model gets it, at its size
-    height, width = sample.img_shape[:2]
-    shown = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)[
-        ..., ::-1
-    ]
-    shown = shown.astype(np.float32) / 255
-    scale = width / image.shape[1], height / image.shape[0]
-    places = {
-        label: (x * scale[0], y * scale[1]) for label, (x, y) in points.items()
-    }
     for label, (x, y) in points.items():
         say(f'point {label}: column {math.floor(x)}, row {math.floor(y)}')
-    used = [each.name for chain in drawn.values() for each in chain]
-    others = [
-        f'{each.name} ({each.kind})'
-        for each in recorder.records
-        if each.name not in used
+    places = seen.places(points)
+    with value_errors():
+        figures = draw(seen, places)
+    page = kernels_page(seen.image, seen.drawn, places, seen.input_size)
+    pictured = [
+        each.name
+        for chain in finest_chains(seen.drawn).values()
+        for each in chain
     ]
-    if others:
-        say(f'not drawn: {some(others, 6)}')
+    rest = [each for each in seen.drawn if each.name not in pictured]
+    for what, records in (
+        ('only on the page', rest),
+        ('not drawn', seen.others),
+    ):
+        if records:
+            names = [f'{each.name} ({each.kind})' for each in records]
+            say(f'{what}: {some(names, 6)}')
 
-    figures = {
-        f'{name.replace(".", "_") or "model"}_{end}.png': figure
-        for name, chain in drawn.items()
-        for end, figure in draw(shown, chain, places, tuple(pixels.shape[1:]))
-    }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for file, figure in figures.items():
-            figure.savefig(out / file)
-            say(f'wrote {out / file}')
+        for name, figure in figures.items():
+            figure.savefig(out / f'{name}.png')
+            say(f'wrote {out / name}.png')
+        (out / 'kernels.html').write_text(page, encoding='utf-8')
+        say(f'wrote {out}/kernels.html')
     except OSError as error:
         fail(f'--out: cannot write into {out}: {error.strerror}')
 

@@ -1,0 +1,185 @@
+"""Random shapes, layouts and values, drawn by hypothesis, on every CPU path.
+
+`make test` draws the same 2,000 examples each time. For others, and more::
+
+    MMCARAFE_FUZZ=100000 python -m pytest tests/test_fuzz.py
+
+Values that are not finite reach the outputs that they reach in the reference,
+and no others; only whether these are infinite or NaN may differ.
+"""
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import LAYOUTS, OPTIONS, Case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmcarafe.ops import cpu, reference
+
+EXAMPLES = int(os.environ.get('MMCARAFE_FUZZ', 0))
+fuzz = settings(
+    max_examples=EXAMPLES or 2000,
+    derandomize=not EXAMPLES,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+MOST = 100_000  # products of one example, which bounds its time
+LIBRARIES = {
+    name: cpu.Library(cpu.find(name))
+    for name in cpu.runnable()
+    if cpu.find(name)
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many small tensors: waking threads for them would take most time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Values(NamedTuple):
+    """What a tensor is filled with: noise of a scale, and odd values."""
+
+    scale: float
+    odd: 'tuple[float, ...]'
+    layout: str
+    same: bool  # one image for the whole batch, by a stride of zero
+
+
+NOT_FINITE = (float('inf'), float('-inf'), float('nan'))
+# the smallest and the largest that all dtypes tell from 0 and infinity,
+# denormals of fp16, fp32 and bf16, and zeros
+ODD = (6e-8, 6e4, -6e4, 1e-40, -1e-40, 1e-30, 0.0, -0.0)
+
+
+def values(scales):
+    return st.builds(
+        Values,
+        st.sampled_from(scales),
+        st.lists(st.sampled_from(ODD + NOT_FINITE), max_size=3).map(tuple)
+        | st.just(()),
+        st.sampled_from(sorted(LAYOUTS)),
+        st.booleans(),
+    )
+
+
+@st.composite
+def cases(draw):
+    """A case of at most ``MOST`` products."""
+    k = draw(st.sampled_from((1, 3, 3, 5, 5, 7, 13)))
+    s = draw(st.integers(1, 4))
+    g = draw(st.integers(1, 4))
+    n = draw(st.sampled_from((1, 1, 1, 2, 3, 0)))
+    left = MOST // (k * k * s * s * g * max(n, 1))
+    h = draw(st.integers(1, min(40, left)))
+    w = draw(st.integers(1, min(90, left // h)))
+    c = draw(st.integers(1, min(40, max(1, left // (h * w)))))
+    return Case(n, g * c, h, w, k, g, s)
+
+
+def fill(shape, how, dtype, generator):
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = (how.scale * x).flatten()
+    for value in how.odd if x.numel() else ():
+        x[torch.randint(x.numel(), (1,), generator=generator)] = value
+    x = LAYOUTS[how.layout](x.view(shape).to(dtype))
+    return x[:1].expand(shape) if how.same and shape[0] else x
+
+
+def run(operators, features, scores, grad, options):
+    return (
+        operators.reassemble(features, scores, *options),
+        operators.reassemble_grad_features(grad, scores, *options),
+        operators.reassemble_grad_weights(grad, features, scores, *options),
+    )
+
+
+def largest(case, features, scores, grad, options):
+    """Bounds on the sums of absolute values behind each of the results."""
+    x, g, w = (
+        t.nan_to_num(0, 0, 0).abs().max().item() if t.numel() else 0
+        for t in (features, grad, scores)
+    )
+    taps = case.k**2
+    if options[0] is not None:
+        w = 1
+    summed = 1 if options[0] in reference.SUM_TO_ONE else taps * w
+    return (
+        x * summed,
+        g * w * taps * case.s**2,
+        # less the mean, for those that divide by a sum
+        2 * g * x * case.c / case.g,
+    )
+
+
+def check(result, rounded, exact, bound):
+    """As exact as sums in fp32 (fp64 for fp64) can be, rounded to the dtype.
+
+    Args:
+        result (Tensor): of the path that is tested.
+        rounded (Tensor): of the reference in the same dtype.
+        exact (Tensor): of the reference in fp64, from the same inputs.
+        bound (float): on the sums of absolute values.
+    """
+    assert result.dtype == rounded.dtype
+    assert result.shape == rounded.shape
+    assert result.stride() == rounded.stride()
+    finite = rounded.isfinite()
+    # a sum that rounds to infinity in one order may just not in another
+    edge = torch.finfo(result.dtype).max * 0.99 < exact.abs()
+    assert (result.isfinite() == finite)[~edge].all()
+    sure = finite & ~edge & exact.isfinite()
+    wide = torch.float64 if result.dtype == torch.float64 else torch.float32
+    # 16 roundings of the sum, and one of the result
+    allowed = 16 * torch.finfo(wide).eps * bound
+    allowed = allowed + torch.finfo(result.dtype).eps * exact.abs()
+    # denormals of the dtype round to its smallest step
+    allowed = allowed + torch.finfo(result.dtype).smallest_normal
+    error = (result.double() - exact).abs()
+    assert (error <= allowed)[sure].all(), (error - allowed)[sure].max()
+
+
+@fuzz
+@given(
+    case=cases(),
+    dtype=st.sampled_from(reference.DTYPES),
+    options=st.sampled_from(sorted(OPTIONS)),
+    masks=st.booleans(),
+    features=values((1, 1e-3, 30)),
+    scores=values((1, 10, 1e-3, 1e30)),
+    grad=values((1, 1e-3, 30)),
+    seed=st.integers(0, 2**32 - 1),
+)
+@pytest.mark.skipif(not LIBRARIES, reason='the CPU library was not compiled')
+def test_compiled_library(
+    case, dtype, options, masks, features, scores, grad, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    options = (None, 'zeros') if masks else OPTIONS[options]
+    if masks:  # weights of 1e30 are nobody's
+        scores = scores._replace(scale=min(scores.scale, 1))
+    shape = case.masks_shape if masks else case.logits_shape
+    view = (
+        reference.scores_from_masks if masks else reference.scores_from_logits
+    )
+    out_shape = case.n, case.c, case.s * case.h, case.s * case.w
+    tensors = (
+        fill(case.features_shape, features, dtype, generator),
+        view(fill(shape, scores, dtype, generator), *case.arguments),
+        fill(out_shape, grad, dtype, generator),
+    )
+    doubles = [tensor.double() for tensor in tensors]
+    rounded = run(reference, *tensors, options)
+    exact = run(reference, *doubles, options)
+    bounds = largest(case, *doubles, options)
+    for library in LIBRARIES.values():
+        results = run(library, *tensors, options)
+        for each in zip(results, rounded, exact, bounds):
+            check(*each)

@@ -1,6 +1,7 @@
 """Compare what accuracy.py has recorded; see ``accuracy.py report --help``."""
 
 import math
+import re
 import statistics
 
 from scipy.stats import t as student_t
@@ -49,7 +50,8 @@ def summarize(records, baselines):
             {f'{x["device"]}, torch {x["torch"]}' for x in places}
         )
         group['arms'] = {}
-        for arm, runs in arms.items():
+        for arm in sorted(arms, key=lambda x: _order(x, group['baseline'])):
+            runs = arms[arm]
             for seed in runs.keys() & base.keys():
                 _check_pair(runs[seed], base[seed])
             group['arms'][arm] = {
@@ -61,6 +63,11 @@ def summarize(records, baselines):
             }
         groups.append(group)
     return groups
+
+
+def _order(arm, baseline):
+    """The baseline first, then each upsampler with its variants."""
+    return arm != baseline, re.split('[@:]', arm)
 
 
 def _name(record):

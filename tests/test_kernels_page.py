@@ -75,7 +75,7 @@ def browse(tmp_path_factory):
     if not chromium:
         pytest.skip('chromium is not installed: apt-get install chromium')
 
-    def call(page, *acts):
+    def call(page, *acts, fragment=''):
         folder = tmp_path_factory.mktemp('page')
         acts = ', '.join(f'() => {act}' for act in acts)
         page = page.replace('</body>', DRIVER.replace('%s', acts) + '</body>')
@@ -88,7 +88,7 @@ def browse(tmp_path_factory):
                 '--window-size=900,1200',
                 f'--user-data-dir={folder / "profile"}',
                 '--dump-dom',
-                (folder / 'page.html').as_uri(),
+                (folder / 'page.html').as_uri() + fragment,
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -123,6 +123,16 @@ def check_trace(found, chain, row, column):
             made[r, c] = share
         limit = 0.03 * expected.max().item()
         torch.testing.assert_close(made, expected, atol=limit, rtol=0)
+
+
+def test_a_link_chooses_the_point(browse):
+    page = page_of(recorded(('CARAFE', {})))
+    first, other = (
+        browse(page, 'null', fragment=fragment)[0]
+        for fragment in ('', '#%3C/script%3E')
+    )
+    (moved,) = browse(page, 'button("<" + "/script>")')
+    assert first != other == moved
 
 
 @pytest.mark.parametrize('x, y', [(50.5, 30.5), (0.1, 0.1), (102.9, 65.9)])

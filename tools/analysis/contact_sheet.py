@@ -19,14 +19,12 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.colors import PowerNorm
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image, ImageDraw
-from visualize_kernels import choose_chains, choose_points, read_image
+from visualize_kernels import choose_points
 
-from mmcarafe.visualization import KernelRecorder
 from mmcarafe.visualization.comparison import (
     GAP,
     INK,
@@ -45,6 +43,7 @@ from mmcarafe.visualization.comparison import (
     resize,
 )
 from mmcarafe.visualization.figures import HEAT, POINT, window_at
+from mmcarafe.visualization.pictures import finest_chains, look, read_image
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # tools, for _cli
 import _checkpoints  # noqa: E402
@@ -85,11 +84,11 @@ def row(model, dataset, index, score_thr):
     Returns:
         tuple[list[Panel], list[Key]]
     """
-    data = model.data_preprocessor(pseudo_collate([dataset[index]]), False)
-    with KernelRecorder(model) as recorder, torch.no_grad():
-        (sample,) = model(**data, mode='predict')
-    image = read_image(sample.img_path)
-    chain = next(iter(choose_chains(recorder.records).values()), None)
+    data = pseudo_collate([dataset[index]])
+    image = read_image(data['data_samples'][0].img_path)
+    seen = look(model, data, image)
+    sample = seen.sample
+    chain = next(iter(finest_chains(seen.drawn).values()), None)
 
     height, width = image.shape[:2]
     room = PAGE - 2 * MARGIN - (4 if chain else 2) * GAP
@@ -122,23 +121,19 @@ def row(model, dataset, index, score_thr):
     if chain:
         points, _ = choose_points(image, sample)
         point = points.get('on its edge', next(iter(points.values())))
-        panels += kernel_panels(
-            shown, chain, point, sample, data['inputs'][0].shape[1:], size
-        )
+        panels += kernel_panels(shown, chain, point, seen, size)
     return panels, dict(legend)['Classes']
 
 
-def kernel_panels(image, chain, point, sample, input_size, size):
+def kernel_panels(image, chain, point, seen, size):
     """The windows of a point in the image, and the kernels, coarsest first."""
-    height, width = sample.img_shape[:2]
-    scale = np.array([width / image.shape[1], height / image.shape[0]])
-    at = np.array(point) * scale
+    at = np.array(point) * seen.scale
     windows = [
-        window_at(record, at, tuple(input_size)) for record in chain[::-1]
+        window_at(record, at, seen.input_size) for record in chain[::-1]
     ]
     where = Image.fromarray(resize(image, size))
     draw = ImageDraw.Draw(where)
-    enlarge = size[0] / width
+    enlarge = size[0] / seen.image.shape[1]
     for window in windows:
         k, stride = window['kernel_size'], window['stride'] * enlarge
         top, left = (stride * (each - k // 2) for each in window['center'])

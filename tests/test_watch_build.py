@@ -80,6 +80,8 @@ def test_an_interruption_leaves_nothing(tmp_path, how):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, 'TMPDIR': str(tmp_path)},
+        # which a shell's background jobs ignore
+        preexec_fn=lambda: signal.signal(getattr(signal, how), signal.SIG_DFL),
     )
     with process:
         folder = Path(process.stdout.readline().strip())

@@ -103,11 +103,14 @@ def run(command, stream=None, every=EVERY, pause=1.0):
             start_new_session=True,
         )
         try:
-            while True:
+            status = None
+            while status is None:
                 try:
-                    return process.wait(pause)
+                    status = process.wait(pause)
                 except subprocess.TimeoutExpired:
-                    line.update(count(folder))
+                    pass
+                line.update(count(folder))
+            return status
         except BaseException:
             stop(process)
             raise
@@ -119,9 +122,10 @@ def main():
     command = sys.argv[1:]
     if not command:
         sys.exit(f'usage: {sys.argv[0]} COMMAND [ARGUMENT ...]')
-    # as Ctrl-C, so that nothing is left of the command
+    # as Ctrl-C, so that nothing is left of the command; but not under nohup
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         status = run(command)
     except OSError as error:

@@ -8,7 +8,10 @@ Values that are not finite reach the outputs that they reach in the reference,
 and no others; only whether these are infinite or NaN may differ.
 """
 
+import importlib.util
+import io
 import os
+from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +20,7 @@ from cases import LAYOUTS, OPTIONS, Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmcarafe.ops import cpu, reference
+from mmcarafe.ops import carafe_from_logits, cpu, reference
 
 EXAMPLES = int(os.environ.get('MMCARAFE_FUZZ', 0))
 fuzz = settings(
@@ -183,3 +186,84 @@ def test_compiled_library(
         results = run(library, *tensors, options)
         for each in zip(results, rounded, exact, bounds):
             check(*each)
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, *arguments):
+        super().__init__()
+        self.arguments = arguments
+
+    def forward(self, features, logits):
+        return carafe_from_logits(features, logits, *self.arguments)
+
+
+@lru_cache(maxsize=None)
+def session(k, g, s, options):
+    """The operator in onnxruntime, for any batch and size."""
+    import onnxruntime
+
+    case = Case(2, 3 * g, 5, 6, k, g, s)
+    tensors = torch.randn(case.features_shape), torch.randn(case.logits_shape)
+    file = io.BytesIO()
+    names = ['features', 'logits']
+    torch.onnx.export(
+        Exported(k, g, s, *options),
+        tensors,
+        file,
+        input_names=names,
+        dynamic_axes={name: {0: 'n', 2: 'h', 3: 'w'} for name in names},
+        opset_version=17,
+        dynamo=False,
+    )
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(file.getvalue(), settings)
+
+
+@settings(fuzz, max_examples=max(200, EXAMPLES // 10))
+@given(
+    n=st.integers(1, 3),
+    h=st.integers(1, 30),
+    w=st.integers(1, 30),
+    kgs=st.sampled_from(((1, 1, 2), (3, 2, 3), (5, 1, 2), (7, 3, 1))),
+    options=st.sampled_from(sorted(OPTIONS)),
+    features=values((1, 1e-3, 30)),
+    logits=values((1, 10, 1e-3, 1e30)),
+    seed=st.integers(0, 2**32 - 1),
+)
+@pytest.mark.skipif(
+    importlib.util.find_spec('onnxruntime') is None,
+    reason='onnxruntime is not installed',
+)
+@pytest.mark.filterwarnings('ignore')  # of torch's older exporter
+def test_exported_graph(n, h, w, kgs, options, features, logits, seed):
+    """Of values that are finite: outside the map the graph reads 0 times w."""
+    k, g, s = kgs
+    case = Case(n, 3 * g, h, w, k, g, s)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [
+        fill(shape, how, torch.float32, generator).nan_to_num(1, 2, -2)
+        for shape, how in (
+            (case.features_shape, features),
+            (case.logits_shape, logits),
+        )
+    ]
+    doubles = [tensor.double() for tensor in tensors]
+    options = OPTIONS[options]
+    if options[0] is None:  # weights of 1e30 are nobody's
+        tensors[1], doubles[1] = (
+            x.clamp(-10, 10) for x in (tensors[1], doubles[1])
+        )
+    rounded, exact = (
+        reference.carafe_from_logits(*each, *case.arguments, *options)
+        for each in (tensors, doubles)
+    )
+    bound, *_ = largest(case, *doubles, doubles[0], options)
+    (found,) = session(*kgs, options).run(
+        None,
+        {
+            name: x.contiguous().numpy()
+            for name, x in zip(('features', 'logits'), tensors)
+        },
+    )
+    check(torch.from_numpy(found), rounded.contiguous(), exact, bound)

@@ -32,6 +32,11 @@ def reassemble(
     w = reference.exclude_outside(
         reference.accumulable(scores), border, kernel_size
     )
+    if normalizer == 'sigmoid_normalized':
+        # Exporters write log(sigmoid(x)) for torch's own, which is minus
+        # infinity where a sigmoid is too small for fp32.
+        w = w.clamp(max=0) - (-w.abs()).exp().log1p()
+        normalizer = 'softmax'
     w = reference.normalize(w, normalizer)
     w = w.flatten(3, 4)  # [N, G, K*K, S*S, H, W]
     x = F.pad(reference.accumulable(features), (r, r, r, r))

@@ -66,8 +66,11 @@ def main():
     parser.add_argument('source', type=Path)
     parser.add_argument('target', type=Path, help='a new folder')
     args = parser.parse_args()
-    if not (args.source / 'images').is_dir():
-        parser.error(f'source: {args.source} has no folder images')
+    if not any((args.source / 'images' / x).is_dir() for x in VALIDATION):
+        parser.error(
+            f'source: {args.source} has no folder images/train or '
+            'images/training'
+        )
     if args.target.exists():
         parser.error(f'target: {args.target} exists, expected a new folder')
     kept, held = hold_out(args.source, args.target)

@@ -78,6 +78,9 @@ CFG_OPTIONS = dict(
     help='settings that replace those of the config, e.g. '
     'train_dataloader.batch_size=4 key="[(a,b),(c,d)]" key="a b"',
 )
+DATA_ROOT = dict(
+    metavar='DIR', help="folder of the data, instead of the config's"
+)
 
 
 def make_parser(description):
@@ -89,11 +92,7 @@ def make_parser(description):
         '(default: what the config says, else work_dirs/CONFIG)',
     )
     parser.add_argument('--cfg-options', **CFG_OPTIONS)
-    parser.add_argument(
-        '--data-root',
-        metavar='DIR',
-        help="folder of the data, instead of the config's",
-    )
+    parser.add_argument('--data-root', **DATA_ROOT)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],

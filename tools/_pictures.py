@@ -148,7 +148,7 @@ def compare(image, sample, meta, score_thr, title):
     )
     if 'pred_panoptic_seg' in sample:
         return None
-    if 'pred_instances' in sample:
+    if 'bboxes' in sample.get('pred_instances', ()):
         return compare_objects(
             image,
             objects_of(sample.pred_instances),
@@ -172,15 +172,28 @@ def objects_of(instances):
     if instances is None or 'bboxes' not in instances:
         return None
     boxes = instances.bboxes
+    boxes = _array(getattr(boxes, 'tensor', boxes)).reshape(-1, 4)
     masks = instances.get('masks')
     if hasattr(masks, 'to_ndarray'):
         masks = masks.to_ndarray()
+    if masks is not None:
+        masks = _array(masks).astype(bool)
+        if not boxes.any():  # SOLO predicts masks alone
+            boxes = np.array([_around(mask) for mask in masks]).reshape(-1, 4)
     return Objects(
-        _array(getattr(boxes, 'tensor', boxes)).reshape(-1, 4).astype(float),
+        boxes.astype(float),
         _array(instances.labels).astype(int),
         _array(instances.get('scores')),
-        None if masks is None else _array(masks).astype(bool),
+        masks,
     )
+
+
+def _around(mask):
+    """Left, top, right and bottom of a mask."""
+    rows, columns = mask.nonzero()
+    if not len(rows):
+        return 0, 0, 0, 0
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
 def map_of(pixels):
@@ -190,5 +203,7 @@ def map_of(pixels):
 
 def _array(values):
     if torch.is_tensor(values):
-        return values.detach().float().cpu().numpy()
+        if values.is_floating_point():  # numpy has no bf16
+            values = values.float()
+        return values.detach().cpu().numpy()
     return None if values is None else np.asarray(values)

@@ -49,7 +49,8 @@ def draw(cfg, args):
         option = '--show' if args.show else '--show-dir'
         _cli.fail(f'{option}: config has no default_hooks.visualization')
     hook = hooks.visualization
-    if hook.type.split('.')[-1] not in REPLACED:  # of video, of text
+    kind = getattr(hook.type, '__name__', hook.type)
+    if kind.split('.')[-1] not in REPLACED:  # of video, of text
         hook.update(draw=True, show=args.show, wait_time=args.wait_time)
         if args.show_dir:
             hook.test_out_dir = args.show_dir

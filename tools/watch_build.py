@@ -35,14 +35,17 @@ def count(folder):
         tuple[str, int, int] | None: name of the package, files done, and all,
         0 if unknown. None if nothing is compiled.
     """
-    for build in folder.glob('pip-*/*/build/temp*'):
-        done = sum(1 for _ in build.rglob('*.o'))
-        total = 0
-        for plan in build.glob('build.ninja'):
-            rules = re.findall(r'^build .*\.o: ', plan.read_text(), re.M)
-            total += len(rules)
-        if done or total:
-            return build.parts[-3].split('_')[0], done, total
+    try:
+        for build in folder.glob('pip-*/*/build/temp*'):
+            done = sum(1 for _ in build.rglob('*.o'))
+            total = 0
+            for plan in build.glob('build.ninja'):
+                rules = re.findall(r'^build .*\.o: ', plan.read_text(), re.M)
+                total += len(rules)
+            if done or total:
+                return build.parts[-3].split('_')[0], done, total
+    except OSError:
+        pass  # the command removes its files while they are counted
     return None
 
 

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 PAGE = 880  # pixels
 TALLEST = 1100  # pixels, of all panels
 MARGIN, GAP = 10, 8
+IGNORE = 255  # in a semantic map, of what is not labelled
 SMALL, MEDIUM, LARGE = 10.5, 12, 14  # heights of letters
 MOST_KEYS = 24  # classes in a legend
 MOST_LABELS = 40  # boxes in a panel that have labels
@@ -117,7 +118,7 @@ def compare_objects(
     """Draw image, true objects, predicted ones, and errors.
 
     Args:
-        image (ndarray[H, W, 3]): red, green, blue from 0 to 255.
+        image (ndarray[H, W, 3]): uint8; red, green, blue.
         found (Objects): with scores.
         truth (Objects, optional): without it, only the first and the third
             panel are drawn.
@@ -132,7 +133,8 @@ def compare_objects(
         ndarray[H', W', 3]: uint8, 880 to 1760 pixels wide.
 
     Raises:
-        ValueError: the image has another shape, or ``found`` has no scores.
+        ValueError: the image has another shape or dtype, or ``found`` has no
+            scores.
     """
     layout = Layout(image, 2 if truth is None else 4)
     panels, legend = object_panels(
@@ -163,11 +165,11 @@ def compare_maps(
     the opposite is invented, and all other errors are of a wrong class.
 
     Args:
-        image (ndarray[H, W, 3]): red, green, blue from 0 to 255.
+        image (ndarray[H, W, 3]): uint8; red, green, blue.
         found (ndarray[H', W']): indices of classes.
         truth (ndarray[H', W'], optional): the same; where it is no index of a
-            class, such as 255, it is ignored. Without it, only the first and
-            the third panel are drawn.
+            class, such as 255 or -1, it is ignored. Without it, only the first
+            and the third panel are drawn.
         classes (list[str], optional): their names.
         palette (list[tuple[int, int, int]], optional): their colours.
         title (str): above all.
@@ -176,7 +178,7 @@ def compare_maps(
         ndarray[H'', W'', 3]: uint8, 880 to 1760 pixels wide.
 
     Raises:
-        ValueError: the image has another shape.
+        ValueError: the image has another shape or dtype.
     """
     layout = Layout(image, 2 if truth is None else 4)
     panels, legend = map_panels(
@@ -542,14 +544,19 @@ def map_panels(image, found, truth, kinds, size, scale):
         the truth and before the errors if there is a truth.
     """
     base = resize(image, size)
-    number = kinds.number or int(found.max(initial=0)) + 1
+    number = kinds.number
     maps = [found]
     if truth is not None:
+        truth = np.where(truth < 0, IGNORE, truth)
         if truth.shape != found.shape:
             truth = resize(
                 truth.astype(np.uint16), found.shape[::-1], cv2.INTER_NEAREST
             )
         maps.insert(0, truth)
+    if number is None:
+        number = 1 + max(
+            int(each[each < IGNORE].max(initial=0)) for each in maps
+        )
     counts = [
         np.bincount(each[each < number].astype(int).ravel(), minlength=number)
         for each in maps
@@ -663,6 +670,8 @@ class Layout:
             raise ValueError(
                 f'image has shape {list(image.shape)}, expected [H, W, 3]'
             )
+        if image.dtype != np.uint8:
+            raise ValueError(f'image has dtype {image.dtype}, expected uint8')
         height, width = image.shape[:2]
         best = 0
         for columns in (2, 4, 1):  # two, unless panels get far larger

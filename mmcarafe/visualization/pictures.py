@@ -162,7 +162,12 @@ def prepare(cfg: Config, image: np.ndarray) -> dict:
             'config: test_dataloader.dataset has no pipeline, which says how '
             'the model gets its image'
         )
-    _, *steps = dataset['pipeline']  # the first one reads the file
+    first, *steps = dataset['pipeline']  # the first one reads the file
+    if first.get('color_type', 'color') != 'color':
+        raise ValueError(
+            f'config: the pipeline reads images as {first["color_type"]!r}, '
+            "expected 'color'"
+        )
     steps = [s for s in steps if 'Annotations' not in str(s.get('type'))]
     load = dict(type=f'{scope}.LoadImageFromNDArray')
     with TRANSFORMS.switch_scope_and_registry(scope) as registry:

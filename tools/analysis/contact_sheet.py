@@ -49,7 +49,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # tools, for _cli
 import _checkpoints  # noqa: E402
 import _cli  # noqa: E402
 import _data  # noqa: E402
-from _cli import CFG_OPTIONS, fail, say  # noqa: E402
+from _cli import CFG_OPTIONS, DATA_ROOT, fail, say  # noqa: E402
 from _pictures import map_of, objects_of  # noqa: E402
 
 SCALE = 2  # sharp where a page shows it 880 pixels wide
@@ -69,11 +69,7 @@ def parse_args():
         metavar='FILE',
         help='the picture (default: work_dirs/CONFIG/contact_sheet.png)',
     )
-    parser.add_argument(
-        '--data-root',
-        metavar='DIR',
-        help="folder of the data, instead of the config's",
-    )
+    parser.add_argument('--data-root', **DATA_ROOT)
     parser.add_argument('--cfg-options', **CFG_OPTIONS)
     return parser.parse_args()
 
@@ -98,6 +94,8 @@ def row(model, dataset, index, score_thr):
         dataset.metainfo.get('classes'), dataset.metainfo.get('palette')
     )
     shown = image[..., ::-1].copy()
+    if 'pred_panoptic_seg' in sample:
+        fail('config: expected boxes, masks or semantic maps, got panoptic')
     if 'pred_instances' in sample:
         panels, legend = object_panels(
             shown,
@@ -205,18 +203,15 @@ def main():
     checkpoint = _checkpoints.load(args.checkpoint)
     _checkpoints.check_weights(model, args.checkpoint, checkpoint)
     model.eval()
-    if getattr(model, 'test_cfg', None) and model.test_cfg.get('mode'):
-        model.test_cfg.mode = 'whole'  # a sliding window has many kernels
     with _cli.user_errors('test_dataloader.dataset'):
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
 
     hook = cfg.get('default_hooks', {}).get('visualization') or {}
     number = min(args.images, len(dataset))
     rows, classes, kinds = [], {}, set()
-    for index in np.linspace(0, len(dataset) - 1, number + 2)[1:-1].round():
-        panels, keys = row(
-            model, dataset, int(index), hook.get('score_thr', 0.3)
-        )
+    for i in range(number):  # from the middle of equal parts
+        index = (2 * i + 1) * len(dataset) // (2 * number)
+        panels, keys = row(model, dataset, index, hook.get('score_thr', 0.3))
         rows.append(panels)
         classes.update((key.text, key) for key in keys)
         kinds.add(len(panels))

@@ -319,6 +319,20 @@ def test_images_of_other_shapes_are_refused():
             compare_maps(np.zeros(shape, np.uint8), np.zeros((60, 80), int))
 
 
+def test_images_of_other_numbers_are_refused():
+    with pytest.raises(ValueError, match='dtype float64, expected uint8'):
+        compare_maps(np.zeros((60, 80, 3)), np.zeros((60, 80), int))
+
+
+def test_what_is_no_class_is_ignored():
+    """Without names, every number but 255 and those below 0 is a class."""
+    found, truth = np.zeros((2, 60, 80), int)
+    truth[:, :20], truth[:, 20:40], truth[:, 40:50] = 255, -1, 3
+    panels, legend = map_errors(found, truth, None)
+    assert panels[2].heading == 'Errors: 25.0% of the pixels'
+    assert 'class 3' in texts(legend)['Classes']
+
+
 # What mmdet's and mmseg's samples hold
 
 
@@ -348,6 +362,20 @@ def test_instances_of_mmdet(pictures):
     assert found.labels.tolist() == [3] and found.scores.tolist() == [0.5]
     assert found.masks.dtype == bool and found.masks.shape == (1, 6, 8)
     assert pictures.objects_of(None) is None
+
+
+def test_masks_without_boxes(pictures):
+    """As SOLO predicts them."""
+    from mmengine.structures import InstanceData
+
+    masks = torch.zeros(2, 6, 8, dtype=torch.bool)
+    masks[0, 1:3, 4:7] = True
+    found = pictures.objects_of(
+        InstanceData(
+            bboxes=torch.zeros(2, 4), labels=torch.tensor([0, 1]), masks=masks
+        )
+    )
+    assert found.boxes.tolist() == [[4, 1, 7, 3], [0, 0, 0, 0]]
 
 
 def test_other_kinds_are_left_to_the_visualizer(pictures, tmp_path):
@@ -415,6 +443,11 @@ def test_options_of_the_hosts_are_kept(pictures):
         show=False,
         wait_time=2,
     )
+    from mmdet.engine.hooks import DetVisualizationHook
+
+    cfg.default_hooks.visualization = dict(type=DetVisualizationHook)
+    tool.draw(cfg, args)
+    assert cfg.default_hooks.visualization.type == 'mmengine.ComparisonHook'
     cfg.default_hooks.visualization = dict(type='TrackVisualizationHook')
     tool.draw(cfg, args)
     assert cfg.default_hooks.visualization == dict(
@@ -524,6 +557,20 @@ def test_contact_sheet(
         widths = [panel.picture.shape[1] for panel in row]
         assert sum(widths) + 16 * (len(row) - 1) <= 2 * 860
     assert ('Kernels' in dict(legend)) == kernels
+
+
+def test_contact_sheet_of_all_images(tool, data, tmp_path, monkeypatch):
+    """Each of them once."""
+    indices = []
+    real = tool.row
+
+    def row(model, dataset, index, score_thr):
+        indices.append(index)
+        return real(model, dataset, index, score_thr)
+
+    monkeypatch.setattr(tool, 'row', row)
+    run(tool, monkeypatch, data, NEAREST, '--out', tmp_path / 'x.png')
+    assert indices == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

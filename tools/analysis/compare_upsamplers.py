@@ -384,7 +384,8 @@ def main():
     (args.out / 'table.md').write_text(table(report))
     draw(report).savefig(args.out / 'plot.png', dpi=200)
     print(table(report))
-    print(f'written: {args.out}/table.md and plot.png', file=sys.stderr)
+    if not args.report:
+        print(f'written: {args.out}/results.json, table.md and plot.png')
     failed = {r['method'] for r in report['results'] if 'error' in r}
     if failed:
         fail(f'these failed: {", ".join(sorted(failed))}')

@@ -508,7 +508,7 @@ def test_name_that_nothing_reads(error, tmp_path):
     [
         (
             'data_root=/x',
-            'train_dataloader.dataset.data_root, '
+            '--data-root, or train_dataloader.dataset.data_root, '
             'val_dataloader.dataset.data_root, '
             'test_dataloader.dataset.data_root, val_evaluator.ann_file, '
             'test_evaluator.ann_file',

@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,31 @@ def run(*command, **kwargs):
     return done.stdout
 
 
+def save_untrained(config, folder):
+    """Save the weights that a config's model has at first, as STEM.pth."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile(ROOT / config)
+    init_default_scope(cfg.default_scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # mmseg's, about its losses
+        model = MODELS.build(cfg.model)
+    torch.save(model.state_dict(), folder / f'{Path(config).stem}.pth')
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For many small tensors: waking threads would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='session')

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, save_untrained
 
 from mmcarafe.visualization import comparison
 from mmcarafe.visualization.comparison import (
@@ -25,7 +26,6 @@ from mmcarafe.visualization.comparison import (
     object_panels,
 )
 
-ROOT = Path(__file__).parents[1]
 NAMES = ('disk', 'ring')
 RED, GREEN = (250, 0, 0), (0, 250, 0)
 IMAGE = np.full((60, 80, 3), 128, np.uint8)
@@ -495,23 +495,14 @@ def tool(pictures):
 @pytest.fixture(scope='module')
 def data(pictures, tmp_path_factory):
     """Three small test images, and untrained models."""
-    from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
-
     folder = tmp_path_factory.mktemp('data')
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / 'tools/dataset_converters')
         import_module('shapes').make_shapes(
             folder / 'shapes', train=1, val=3, size=64
         )
-        patch.chdir(ROOT)
-        for config in (SHAPES, SEGMENTOR, NEAREST):
-            cfg = Config.fromfile(config)
-            init_default_scope(cfg.default_scope)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # mmseg's, about its losses
-                model = MODELS.build(cfg.model)
-            torch.save(model.state_dict(), folder / f'{Path(config).stem}.pth')
+    for config in (SHAPES, SEGMENTOR, NEAREST):
+        save_untrained(config, folder)
     return folder
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from mmcarafe.ops import carafe_from_logits, cpu, reference
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 EXAMPLES = int(os.environ.get('MMCARAFE_FUZZ', 0))
 fuzz = settings(
     max_examples=EXAMPLES or 2000,
@@ -36,15 +37,6 @@ LIBRARIES = {
     for name in cpu.runnable()
     if cpu.find(name)
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many small tensors: waking threads for them would take most time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Values(NamedTuple):

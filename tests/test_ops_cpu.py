@@ -26,6 +26,7 @@ from cases import (
 
 from mmcarafe.ops import carafe_from_logits, cpu, reference
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = Path(__file__).resolve().parents[1]
 
 # Shapes of more than one block, downwards or across, and of 16 channels.
@@ -54,15 +55,6 @@ def library(request):
     if path is None:
         pytest.skip(f'nothing was compiled for {request.param}')
     return cpu.Library(path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many small tensors: waking threads for them would take most time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

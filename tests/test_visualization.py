@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, save_untrained
 from torch import nn
 
 from mmcarafe.ops import reference
@@ -633,22 +633,13 @@ def tool():
 def files(tool, tmp_path_factory):
     """An image of a bright square, and an untrained model's checkpoints."""
     import cv2
-    from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
 
     folder = tmp_path_factory.mktemp('files')
     cv2.imwrite(str(folder / 'image.png'), square())
     (folder / 'text.png').write_text('no image')
     (folder / 'empty.png').touch()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        for config in (SHAPES, NUCLEI, NEAREST):
-            cfg = Config.fromfile(config)
-            init_default_scope(cfg.default_scope)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # mmseg's, about its losses
-                model = MODELS.build(cfg.model)
-            torch.save(model.state_dict(), folder / f'{Path(config).stem}.pth')
+    for config in (SHAPES, NUCLEI, NEAREST):
+        save_untrained(config, folder)
     return folder
 
 

@@ -404,6 +404,120 @@ def test_every_element_is_written(layout):
     assert all(result.isfinite().all() for result in results)
 
 
+# What reaches which output pixel, by hand. For every path and every place,
+# tests/test_fuzz.py compares it with the reference.
+BOTH = pytest.mark.parametrize('path', [reference, None], ids=['ref', 'op'])
+INF, NAN = float('inf'), float('nan')
+
+
+def run_not_finite(path, features, logits, options):
+    operator = path.carafe_from_logits if path else carafe_from_logits
+    out = operator(features, logits, 3, 2, 2, *options)
+    if path:
+        return (out,)
+    return forward_and_gradients(
+        operator, features, logits, torch.ones_like(out), 3, 2, 2, *options
+    )
+
+
+@BOTH
+@all_options
+@pytest.mark.parametrize('value', [INF, -INF, NAN])
+def test_a_feature_that_is_not_finite(path, options, value):
+    """It reaches its channel, where it lies in the window: 3 pixels each way.
+
+    Of the gradients it reaches those of the scores of these windows alone.
+    """
+    case = Case(1, 4, 5, 6, 3, 2, 2)
+    features = randn(*case.features_shape)
+    features[0, 1, 2, 3] = value  # of group 0
+    logits = randn(*case.logits_shape)
+    out, *gradients = run_not_finite(path, features, logits, options)
+    reached = torch.zeros_like(out, dtype=torch.bool)
+    reached[0, 1, 2:8, 4:10] = True
+    assert torch.equal(~out.isfinite(), reached)
+    if gradients:
+        assert gradients[0].isfinite().all()
+        scores = ~gradients[1].isfinite()
+        assert scores.any()
+        scores.view(2, -1, 5, 6)[0, :, 1:4, 2:5] = False
+        assert not scores.any()
+
+
+@BOTH
+@pytest.mark.parametrize('value', [INF, NAN])
+def test_a_weight_of_zero_does_not_hide_it(path, value):
+    features = torch.ones(1, 1, 3, 3)
+    features[0, 0, 1, 1] = value
+    operator = path.carafe if path else carafe
+    assert operator(features, torch.zeros(1, 9, 6, 6), 3).isnan().all()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    'normalizer, value, like',
+    [
+        ('softmax', NAN, NAN),
+        ('softmax', INF, NAN),
+        ('softmax', -INF, -1e300),
+        ('sigmoid_normalized', NAN, NAN),
+        ('sigmoid_normalized', INF, 1e300),
+        ('sigmoid_normalized', -INF, -1e300),
+        ('sigmoid', NAN, NAN),
+        ('sigmoid', INF, 1e300),
+        ('sigmoid', -INF, -1e300),
+        (None, NAN, NAN),
+        (None, INF, INF),
+        (None, -INF, -INF),
+    ],
+)
+def test_a_score_that_is_not_finite(path, normalizer, value, like):
+    """It counts like a large one, or its output pixel is not finite."""
+    case = Case(1, 4, 5, 6, 3, 2, 2)
+    features = randn(*case.features_shape)
+    logits = randn(*case.logits_shape)
+    place = (9 + 4) * 4 + 1  # group 1, the centre tap, subpixel (0, 1)
+    logits[0, place, 2, 3] = value
+    out, *gradients = run_not_finite(path, features, logits, (normalizer,))
+    finite = abs(like) < INF
+    reached = torch.zeros_like(out, dtype=torch.bool)
+    reached[0, 2:, 4, 7] = not finite  # pixel (2, 3), the channels of group 1
+    assert torch.equal(~out.isfinite(), reached)
+    assert torch.equal(out.isnan(), reached & (like != like))
+    if finite:
+        logits[0, place, 2, 3] = like
+        expected = run_not_finite(path, features, logits, (normalizer,))
+        for actual, wanted in zip([out, *gradients], expected):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+    elif gradients:
+        # a NaN reaches, through the sum, the weights of the whole window
+        one_tap = normalizer in ('sigmoid', None)
+        reached = torch.zeros_like(features, dtype=torch.bool)
+        if one_tap:
+            reached[0, 2:, 2, 3] = True
+        else:
+            reached[0, 2:, 1:4, 2:5] = True
+        assert torch.equal(~gradients[0].isfinite(), reached)
+        scores = (~gradients[1].isfinite()).view(2, 9, 4, 5, 6)
+        found = scores[1, :, 1, 2, 3].sum()
+        assert found == scores.sum()
+        assert found == {'sigmoid': 1, None: 0}.get(normalizer, 9)
+
+
+@BOTH
+@all_options
+def test_a_window_of_minus_infinities(path, options):
+    """NaN where the normaliser divides by a sum, which is zero here."""
+    features = randn(1, 1, 3, 4)
+    logits = randn(1, 9, 3, 4)
+    logits[0, :, 1, 2] = -INF
+    operator = path.carafe_from_logits if path else carafe_from_logits
+    out = operator(features, logits, 3, 1, 1, *options)
+    reached = torch.zeros_like(out, dtype=torch.bool)
+    reached[0, 0, 1, 2] = options[0] in (*reference.SUM_TO_ONE, None)
+    assert torch.equal(~out.isfinite(), reached)
+
+
 # Memory
 
 

@@ -24,6 +24,13 @@ it lies in. For output pixel (S*h + i, S*w + j) of a channel c of group g:
 
 Taps outside the map read zero, and the other weights stay as they are, unless
 ``border='renormalize'`` leaves them out of the normalisation.
+
+Values that are not finite spread as far as the formula says, no further. A
+feature that is NaN or infinite makes its channel so in all output pixels in
+whose window it lies; where its weight is zero, NaN. A score of minus infinity
+is a weight of zero, unless the normaliser divides by a sum and all scores of
+the window are so. A score that is NaN, or plus infinity under softmax, makes
+its output pixel NaN in the channels of its group. Gradients follow suit.
 """
 
 import torch

@@ -32,6 +32,14 @@ def without_downloads(cfg):
         cfg.pop('pretrained', None)
 
 
+def few_proposals(cfg):
+    """Most of a detector's time would go to the boxes of random weights."""
+    train, test = cfg.get('train_cfg') or {}, cfg.get('test_cfg') or {}
+    if 'rcnn' in train:
+        train.rpn_proposal.max_per_img = test.rpn.max_per_img = 50
+        train.rcnn.sampler.num = 32
+
+
 def detection_batch(cfg):
     from mmdet.testing import demo_mm_inputs
 
@@ -98,6 +106,8 @@ def test_config(path):
     without_downloads(cfg.model)
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (97, 131)  # else padded to 512
+    else:
+        few_proposals(cfg.model)
     # YOLOX's resizing of batches asks a runner for its iteration
     cfg.model.data_preprocessor.pop('batch_augments', None)
     init_default_scope(cfg.default_scope)

@@ -6,6 +6,7 @@ import _checkpoints
 import _cli
 import _cpu
 import _data
+import _resume
 from mmengine.device import get_device
 
 
@@ -101,6 +102,7 @@ def main():
         return
 
     runner = _cli.build_runner(cfg)
+    _resume.register(runner)
     if args.amp and get_device() == 'cpu' and cfg.default_scope == 'mmdet':
         _cpu.keep_boxes_in_fp32(runner.model)
     try:
@@ -139,6 +141,7 @@ def check(cfg):
             _checkpoints.check_resumed(
                 cfg.load_from, checkpoint, model, optim_wrapper
             )
+            _resume.keep_seed(cfg, checkpoint)
             end = _checkpoints.finished(cfg.train_cfg, checkpoint)
             if end:
                 _cli.say(

@@ -1,0 +1,133 @@
+"""What lets a resumed run end as if it had never been interrupted.
+
+mmengine's checkpoints hold no state of the random numbers, least of all of the
+processes that load the data. None is needed here: each image and each
+iteration starts from a seed of its own, which depends on the seed of the run
+and on the place in the run alone.
+"""
+
+import random
+from functools import partial
+
+import numpy as np
+import torch
+from _cli import say
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.runner import EpochBasedTrainLoop
+
+
+def keep_seed(cfg, checkpoint):
+    """Let a run go on with the seed that it had.
+
+    mmengine does so too, but after it has given another one to the samplers.
+    """
+    randomness = dict(cfg.get('randomness') or {})
+    seed = checkpoint['meta'].get('seed')
+    if seed is None:
+        return
+    if randomness.get('seed') not in (None, seed):
+        say(f'--resume: the seed stays {seed}, not {randomness["seed"]}')
+    cfg.randomness = {**randomness, 'seed': seed}
+
+
+def register(runner):
+    """Make the rest of a run the same wherever it is resumed.
+
+    This has to come before the runner builds its data loaders.
+    """
+    build = runner.build_dataloader
+
+    def build_seeded(*args, **kwargs):
+        loader = build(*args, **kwargs)
+        seed_images(loader, runner.seed)
+        return loader
+
+    runner.build_dataloader = build_seeded
+    runner.register_hook(PlaceInTheRun())
+
+
+class PlaceInTheRun(Hook):
+    """Seeds each iteration, and resumes an epoch where it was left."""
+
+    priority = 'VERY_HIGH'
+    within_epoch = False
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        if runner._resume:
+            # The epoch that was being trained is also the one to resume at,
+            # unless it was complete.
+            trained = checkpoint['message_hub']['runtime_info'].get('epoch')
+            self.within_epoch = trained == checkpoint['meta']['epoch']
+
+    def before_train(self, runner):
+        loop = runner.train_loop
+        # mmengine's other loop by itself leaves out what was trained.
+        if self.within_epoch and isinstance(loop, EpochBasedTrainLoop):
+            leave_out(loop, loop.iter - loop.epoch * len(loop.dataloader))
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        seed_all(runner.seed, runner.iter)
+
+
+def leave_out(loop, batches):
+    """Let a loop load, but not train on, the first batches of an epoch."""
+    run_iter = loop.run_iter
+
+    def run_rest(idx, data_batch):
+        if idx >= batches:
+            run_iter(idx, data_batch)
+        if idx + 1 == len(loop.dataloader):
+            del loop.run_iter  # back to the class's own
+
+    loop.run_iter = run_rest
+
+
+def seed_all(*place):
+    """Seed all random numbers with several whole numbers."""
+    seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Sample(int):
+    """The index of an image, with the place in the run where it is loaded."""
+
+
+def numbered(indices):
+    """Let a sampler's ``__iter__`` give `Sample`."""
+
+    def iterate(sampler):
+        epoch = getattr(sampler, 'epoch', 0)
+        for position, index in enumerate(indices(sampler)):
+            if isinstance(index, int):  # else a frame of a video
+                index = Sample(index)
+                index.place = get_rank(), epoch, position
+            yield index
+
+    return iterate
+
+
+def seed_images(loader, seed):
+    """Let a loader seed before each image, in the process that loads it."""
+    sampler = getattr(loader.batch_sampler, 'sampler', None)
+    if sampler is None:
+        return
+    # A subclass, since batch samplers may ask for the class.
+    cls = type(sampler)
+    sampler.__class__ = type(
+        cls.__name__, (cls,), dict(__iter__=numbered(cls.__iter__))
+    )
+    # torch loads a batch by this method if a data set has it.
+    loader.dataset.__getitems__ = partial(_load, loader.dataset, seed)
+
+
+def _load(dataset, seed, indices):
+    images = []
+    for index in indices:
+        if isinstance(index, Sample):
+            seed_all(seed, *index.place)
+            index = int(index)
+        images.append(dataset[index])
+    return images

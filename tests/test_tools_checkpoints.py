@@ -160,11 +160,12 @@ def test_killed_while_saving(shapes, tmp_path, slow):
     assert list(work_dir.glob('best_score*.pth'))
 
     printed = execute('python', *train, '--resume', **env)
-    if slow == 'best_score':  # after the last epoch
-        assert f'{work_dir}/epoch_2.pth ends a run' in printed
-    else:
+    if slow == 'epoch_2':
         assert 'resumed epoch: 1, iter: 4' in printed
-    assert (work_dir / 'epoch_2.pth').exists()
+    else:  # the last epoch was saved
+        assert f'{work_dir}/epoch_2.pth ends a run' in printed
+    last = (work_dir / 'last_checkpoint').read_text()
+    assert last == str(work_dir / 'epoch_2.pth')
 
 
 def test_one_checkpoint_is_kept_if_so_configured(shapes, tmp_path):
@@ -636,17 +637,17 @@ def test_last_checkpoint_that_names_no_file(
 
 def test_resuming_without_knowing_the_newest(monkeypatch, shapes, tmp_path):
     """Training anew would write over the checkpoints that are there."""
-    (tmp_path / 'epoch_1.pth').touch()
+    (tmp_path / 'latest.pth').touch()
     words = ['--work-dir', str(tmp_path), '--resume', *shapes_options(shapes)]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', ['train', SHAPES, *words])
     with pytest.raises(SystemExit) as caught:
         import_module('train').main()
     assert caught.value.code == (
-        f'error: --resume: {tmp_path} has epoch_1.pth but no last_checkpoint, '
+        f'error: --resume: {tmp_path} has latest.pth but no last_checkpoint, '
         'which names the newest; name the file: --resume CHECKPOINT'
     )
-    assert [file.name for file in tmp_path.iterdir()] == ['epoch_1.pth']
+    assert [file.name for file in tmp_path.iterdir()] == ['latest.pth']
 
 
 def test_what_a_scheduler_adds_is_no_difference():

@@ -3,16 +3,17 @@
 Importing this makes mmengine save by `WholeFiles` and `SafeCheckpointHook`.
 """
 
+import errno
 import os
 import os.path as osp
 import re
 from collections import OrderedDict, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from glob import escape, glob
 from importlib.util import find_spec
 
-from _cli import fail, say, some, walk
+from _cli import fail, is_first, say, some, walk
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
@@ -35,13 +36,22 @@ register_backend('local', WholeFiles, force=True, prefixes='')
 
 def write_whole(file, data):
     """Write bytes so that a reader finds all of the old or all of the new."""
-    mkdir_or_exist(osp.dirname(file))
     part = f'{file}.part'
-    with open(part, 'wb') as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
+    try:
+        mkdir_or_exist(osp.dirname(file))
+        with open(part, 'wb') as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(part)  # it may fill the disk
+        raise OSError(error.errno, error.strerror, file) from error
+
+
+def _write_last(work_dir, path):
+    write_whole(osp.join(work_dir, 'last_checkpoint'), path.encode())
 
 
 @HOOKS.register_module(name='CheckpointHook', force=True)
@@ -77,10 +87,7 @@ class SafeCheckpointHook(CheckpointHook):
         )
         if not is_main_process():
             return
-        write_whole(
-            osp.join(runner.work_dir, 'last_checkpoint'),
-            self.last_ckpt.encode(),
-        )
+        _write_last(runner.work_dir, self.last_ckpt)
         for old in outdated:
             path = self.file_backend.join_path(
                 self.out_dir, self.filename_tmpl.format(old)
@@ -152,6 +159,26 @@ def readable_errors(model=None):
             if path in text:
                 text += f'; to do without: --cfg-options {key}=None'
         fail(' '.join(text.split()))
+
+
+@contextmanager
+def writable_errors(work_dir):
+    """End in one line if the disk takes no more of what a run writes."""
+    try:
+        yield
+    except OSError as error:
+        path = str(error.filename or work_dir)
+        within = f'{osp.abspath(path)}/'.startswith(
+            f'{osp.abspath(work_dir)}/'
+        )
+        if not within and error.errno not in UNWRITABLE:
+            raise
+        fail(
+            f'cannot write {path}: {error.strerror}; {how_to_go_on(work_dir)}'
+        )
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Fit:
@@ -253,17 +280,89 @@ def newest(work_dir):
     file = osp.join(work_dir, 'last_checkpoint')
     if not osp.isfile(file):
         return None
-    with open(file) as stream:
+    with open(file, errors='replace') as stream:
         path = stream.read().strip()
-    if not path:
-        fail(f'{file} is empty; name a file: --resume CHECKPOINT')
     # it holds the name that the folder had when it was saved
     here = osp.join(work_dir, osp.basename(path))
-    return here if osp.isfile(here) else path
+    return here if osp.isfile(here) else path or None
 
 
-def refuse_to_overwrite(work_dir):
+def how_to_go_on(work_dir):
+    path = newest(work_dir)
+    if path:
+        return f'continue from {path} with --resume'
+    return 'no checkpoint was saved yet'
+
+
+def newest_readable(work_dir):
+    """The last checkpoint of the run in a folder that can be resumed from.
+
+    Says which later ones cannot, and why. A run that is killed right after it
+    has written a checkpoint has not named it in ``last_checkpoint``. So higher
+    numbers are looked at too, and named then; those of an earlier run in the
+    same folder were saved earlier.
+
+    Returns:
+        str: its path, None where no checkpoint was saved.
+    """
+    named = newest(work_dir)
+    paths = _of_the_run(work_dir, named)
+    if not paths:
+        _refuse_to_overwrite(work_dir)
+    chosen, saved, unreadable = None, '', []
+    for path in paths:
+        try:
+            checkpoint = load(path)
+            _check_state(path, checkpoint)
+        except SystemExit as error:
+            unreadable.append(error.code[len('error: ') :])
+            continue
+        time = checkpoint['meta'].get('time', '')
+        if not chosen or time > saved:
+            chosen, saved = path, time
+        if named and _number(path) <= _number(named):
+            break  # all others were saved before
+    if unreadable and not chosen:
+        fail('; '.join(unreadable))
+    for text in unreadable:
+        say(f'--resume: {text}')
+    if unreadable:
+        say(f'--resume: continuing from {chosen}, the last that can be read')
+    if chosen and _number(chosen) > _number(named or '') and is_first():
+        with suppress(OSError):  # reported when the run needs the folder
+            _write_last(work_dir, chosen)
+    return chosen
+
+
+def _of_the_run(work_dir, named):
+    """The checkpoint that is named and those beside it, highest first."""
+    folder = osp.dirname(named or '')
+    if not osp.isdir(folder):
+        folder = work_dir
+    paths = {named} if named else set()
+    for path in glob(osp.join(escape(folder), '*_*.pth')):
+        kind = _kind(path)
+        if _number(path) >= 0 and (
+            kind == _kind(named) if named else not kind.startswith('best_')
+        ):
+            paths.add(path)
+    return sorted(paths, key=_number, reverse=True)
+
+
+def _kind(path):
+    return osp.basename(path).rpartition('_')[0]  # epoch, iter
+
+
+def _number(path):
+    found = re.search(r'_(\d+)\.pth$', path)
+    return int(found[1]) if found else -1
+
+
+def _refuse_to_overwrite(work_dir):
     """Fail where a run that cannot be resumed by itself left checkpoints."""
+    file = osp.join(work_dir, 'last_checkpoint')
+    if osp.isfile(file):
+        fail(f'{file} is empty; name a file: --resume CHECKPOINT')
     found = sorted(glob(osp.join(escape(work_dir), '*.pth')))
     if found:
         names = some(osp.basename(path) for path in found)
@@ -273,14 +372,18 @@ def refuse_to_overwrite(work_dir):
         )
 
 
-def check_resumed(path, checkpoint, model, optim_wrapper):
-    """Refuse to resume what a different run saved."""
-    instead = f'begin with its weights: --cfg-options load_from={path}'
+def _check_state(path, checkpoint):
     if not {'meta', 'message_hub'} <= checkpoint.keys():
         fail(
             f'{path} holds only weights: no run can be resumed from it, but '
             f'one can start with --cfg-options load_from={path}'
         )
+
+
+def check_resumed(path, checkpoint, model, optim_wrapper):
+    """Refuse to resume what a different run saved."""
+    instead = f'begin with its weights: --cfg-options load_from={path}'
+    _check_state(path, checkpoint)
     fit = Fit(model, path, checkpoint)
     if not fit:
         fail(

@@ -335,9 +335,14 @@ def some(names, most=3):
     return ', '.join(names[:most]) + (f' and {more} more' if more > 0 else '')
 
 
+def is_first():
+    """Whether this is the first process, even before they are connected."""
+    return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
+
+
 def say(text):
     """Print a line, from the first process only."""
-    if os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0':
+    if is_first():
         print(text, flush=True)
 
 
@@ -467,7 +472,8 @@ def _make_work_dir(cfg):
     """The last check, and the first that writes: can the folder be used?"""
     try:
         os.makedirs(cfg.work_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.work_dir).close()
+        with tempfile.TemporaryFile(dir=cfg.work_dir) as stream:
+            stream.write(b'1')  # a full disk still takes empty files
     except OSError as error:
         fail(f'--work-dir: cannot write into {cfg.work_dir}: {error.strerror}')
 

@@ -61,11 +61,10 @@ def scale_lr(cfg):
 
 
 def resume(cfg, checkpoint):
-    """Continue from a checkpoint; "auto" is the newest of the run."""
+    """Continue from a checkpoint; "auto" is the run's last readable one."""
     if checkpoint == 'auto':
-        checkpoint = _checkpoints.newest(cfg.work_dir)
+        checkpoint = _checkpoints.newest_readable(cfg.work_dir)
         if not checkpoint:
-            _checkpoints.refuse_to_overwrite(cfg.work_dir)
             _cli.say(
                 f'--resume: there is no checkpoint in {cfg.work_dir} yet, so '
                 'training starts from the beginning'
@@ -77,12 +76,7 @@ def resume(cfg, checkpoint):
 
 def stop(runner):
     """End without a traceback after Ctrl-C."""
-    newest = _checkpoints.newest(runner.work_dir)
-    after = (
-        f'continue from {newest} with --resume'
-        if newest
-        else 'no checkpoint was saved yet'
-    )
+    after = _checkpoints.how_to_go_on(runner.work_dir)
     print(f'stopped at iteration {runner.iter}; {after}', file=sys.stderr)
     raise SystemExit(130)  # the shell's code for Ctrl-C
 
@@ -108,7 +102,9 @@ def main():
     try:
         with _data.guarded(
             runner, 'train', 'val'
-        ), _cli.channel_errors(), _checkpoints.readable_errors(cfg.model):
+        ), _cli.channel_errors(), _checkpoints.readable_errors(
+            cfg.model
+        ), _checkpoints.writable_errors(cfg.work_dir):
             runner.train()
     except KeyboardInterrupt:
         stop(runner)

@@ -72,7 +72,7 @@ def make_runner(folder, loop, **kwargs):
     by_epoch = loop['by_epoch']
     workers = kwargs.pop('workers', 0)
     loader = dict(
-        batch_size=2,
+        batch_size=kwargs.pop('batch_size', 2),
         num_workers=workers,
         persistent_workers=workers > 0,
         dataset=Images(),
@@ -140,6 +140,22 @@ def test_random_numbers_after_resuming(tmp_path, workers, loop, saving):
         rest.train()
         assert rest.iter == 12
         assert rest.model.weight.item() == expected, file.name
+
+
+def test_epochs_of_another_length(tmp_path):
+    """After larger batches, no batch of a new epoch is left out."""
+    saving = dict(interval=2)
+    make_runner(tmp_path / 'first', EPOCHS, saving=saving).train()
+    rest = make_runner(
+        tmp_path / 'rest',
+        EPOCHS,
+        saving=saving,
+        batch_size=3,
+        load_from=str(tmp_path / 'first' / 'epoch_2.pth'),
+        resume=True,
+    )
+    rest.train()
+    assert rest.iter == 10  # 2 epochs of 3, 2 of 2
 
 
 # Makes each checkpoint take a second, half of which it is half written.

@@ -57,7 +57,8 @@ class PlaceInTheRun(Hook):
         if runner._resume:
             # The epoch that was being trained is also the one to resume at,
             # unless it was complete.
-            trained = checkpoint['message_hub']['runtime_info'].get('epoch')
+            saved = checkpoint['message_hub'].get('runtime_info', {})
+            trained = saved.get('epoch')
             self.within_epoch = trained == checkpoint['meta']['epoch']
 
     def before_train(self, runner):

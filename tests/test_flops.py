@@ -54,12 +54,18 @@ def test_torch_counts_forward_and_both_gradients():
     assert counter.get_total_flops() == 4 * 15 * (CONVOLUTIONS + REASSEMBLY)
 
 
-def test_torch_counts_without_the_host_projects():
+@pytest.mark.parametrize('counter_comes', ['first', 'last'])
+def test_torch_counts_without_the_host_projects(counter_comes):
+    imports = [
+        'from torch.utils.flop_counter import FlopCounterMode\n',
+        'from mmcarafe.ops import carafe\n',
+    ]
+    if counter_comes == 'last':
+        imports.reverse()
     code = (
         'import sys, torch\n'
-        'from torch.utils.flop_counter import FlopCounterMode\n'
-        'from mmcarafe.ops import carafe\n'
-        'with FlopCounterMode(display=False) as counter:\n'
+        + ''.join(imports)
+        + 'with FlopCounterMode(display=False) as counter:\n'
         '    carafe(torch.ones(1, 4, 3, 5), torch.ones(1, 25, 6, 10), 5)\n'
         "print(counter.get_total_flops(), 'mmengine' in sys.modules)\n"
     )

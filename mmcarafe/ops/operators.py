@@ -10,10 +10,11 @@ Without a normaliser all three are linear in each argument and are each
 other's derivatives, so gradients of any order exist.
 """
 
+import importlib.machinery
 import math
+import sys
 
 import torch
-from torch.utils import flop_counter
 
 from mmcarafe.ops import cpu, reference, triton
 
@@ -236,16 +237,50 @@ ANSWERS = {
 AUTOCAST_DEVICES = {'cpu': 'AutocastCPU', 'cuda': 'AutocastCUDA'}
 
 _LIBRARY = torch.library.Library('mmcarafe', 'DEF')
-for _name, (_schema, _count) in OPERATORS.items():
+for _name, (_schema, _) in OPERATORS.items():
     _LIBRARY.define(_name + _schema)
     for _key, _answers in ANSWERS.items():
         _LIBRARY.impl(_name, getattr(_answers, _name), _key)
-    if hasattr(flop_counter, 'register_flop_formula'):
-        flop_counter.register_flop_formula(getattr(_OPS, _name))(_count)
-    else:  # torch 2.1
-        flop_counter.flop_mapping[getattr(_OPS, _name)] = _count
 for _key in AUTOCAST_DEVICES.values():
     _LIBRARY.impl('reassemble', _autocast_to_widest, _key)
+
+_FLOP_COUNTER = 'torch.utils.flop_counter'
+
+
+def _register_flops(flop_counter):
+    for name, (_, count) in OPERATORS.items():
+        if hasattr(flop_counter, 'register_flop_formula'):
+            flop_counter.register_flop_formula(getattr(_OPS, name))(count)
+        else:  # torch 2.1
+            flop_counter.flop_mapping[getattr(_OPS, name)] = count
+
+
+class _FlopCounterFinder:
+    """Tells torch's counter of the operators when somebody imports it.
+
+    It imports triton, which takes five times as long as all of this package.
+    """
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != _FLOP_COUNTER:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module):
+                execute(module)
+                _register_flops(module)
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if _FLOP_COUNTER in sys.modules:
+    _register_flops(importlib.import_module(_FLOP_COUNTER))
+else:
+    sys.meta_path.insert(0, _FlopCounterFinder)
 
 
 def autocast_enabled(device_type: str) -> bool:

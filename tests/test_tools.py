@@ -675,6 +675,14 @@ def test_launcher_that_started_nothing(error, monkeypatch):
     )
 
 
+def test_recomputed_module_that_is_not_there(error, shapes):
+    options = shapes_options(shapes, 'activation_checkpointing=[neck,bakbone]')
+    assert error('train', SHAPES, *options) == (
+        'activation_checkpointing: the model has no bakbone, did you mean '
+        'backbone?'
+    )
+
+
 def test_hook_without_a_type(error):
     option = 'default_hooks.mine.interval=1'
     assert error('train', SHAPES, '--cfg-options', option) == (

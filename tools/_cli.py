@@ -15,6 +15,7 @@ import re
 import tempfile
 import traceback
 from contextlib import contextmanager
+from functools import partial
 
 import _cpu
 import mmengine.registry
@@ -29,8 +30,9 @@ from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS,
     RUNNERS,
 )
-from mmengine.runner import Runner
+from mmengine.runner import Runner, activation_checkpointing
 from mmengine.utils import apply_to, import_modules_from_strings
+from torch.utils.checkpoint import checkpoint as recompute
 
 import mmcarafe.registry  # so that mmseg:: is found
 from mmcarafe import checkpoint
@@ -409,6 +411,23 @@ def channel_errors():
             if isinstance(frame.f_locals.get('self'), torch.nn.Module)
         ]
         fail(f'model: {type(modules[-1]).__name__}: {error}')
+
+
+def recompute_activations(cfg, model):
+    """Check mmengine's setting for it, and let every module learn with it.
+
+    mmengine's default is torch's older way, which finds no gradient through
+    tuples: behind ``activation_checkpointing='neck'``, nothing would learn.
+    """
+    modules = dict(model.named_modules())
+    for name in as_list(cfg.get('activation_checkpointing') or []):
+        if str(name) not in modules:
+            close = difflib.get_close_matches(str(name), modules, 1)
+            hint = f', did you mean {close[0]}?' if close else ''
+            fail(f'activation_checkpointing: the model has no {name}{hint}')
+    activation_checkpointing.checkpoint = partial(
+        recompute, use_reentrant=False
+    )
 
 
 def check_hooks(cfg, model):

@@ -128,6 +128,7 @@ def check(cfg):
         _data.check_data(cfg, 'val')
     model = _cli.build_model(cfg)
     _cli.check_hooks(cfg, model)
+    _cli.recompute_activations(cfg, model)
     optim_wrapper = _cli.build_optimizer(cfg, model)
     if cfg.get('load_from'):
         checkpoint = _checkpoints.load(cfg.load_from)

@@ -92,6 +92,15 @@ def randn(*shape, dtype=torch.float64, device='cpu'):
     return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
 
 
+def part(x, row, column, around, scale):
+    """The 4×4 source pixels from (row, column) on, and those around them."""
+    rows = slice(max(0, row - around) * scale, (row + 4 + around) * scale)
+    columns = slice(
+        max(0, column - around) * scale, (column + 4 + around) * scale
+    )
+    return x[..., rows, columns]
+
+
 def forward_and_gradients(operator, features, weights, grad, *arguments):
     """Output, gradient of features, gradient of weights."""
     features = features.detach().requires_grad_()

@@ -22,6 +22,7 @@ from cases import (
     all_options,
     assert_as_exact_as,
     forward_and_gradients,
+    part,
 )
 from torch.utils.checkpoint import checkpoint
 
@@ -993,12 +994,3 @@ def test_more_than_2_31_elements(name, shape, dtype):
             part(same_dtype, *inside),
             part(exact, *inside),
         )
-
-
-def part(x, row, column, around, scale):
-    """The 4x4 source pixels from (row, column) on, and those around them."""
-    rows = slice(max(0, row - around) * scale, (row + 4 + around) * scale)
-    columns = slice(
-        max(0, column - around) * scale, (column + 4 + around) * scale
-    )
-    return x[..., rows, columns]

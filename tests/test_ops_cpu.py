@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,15 @@ def test_dispatcher_takes_the_widest_library(monkeypatch):
         'reassemble_grad_features',
         'reassemble_grad_weights',
     ]
+
+
+def test_library_of_another_build_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, '__file__', str(tmp_path / 'cpu.py'))
+    # how a release that built one library for each Python named it
+    (tmp_path / f'_cpu_default{EXTENSION_SUFFIXES[0]}').touch()
+    assert cpu.find('DEFAULT') is None
+    (tmp_path / '_cpu_default.so').touch()
+    assert cpu.find('DEFAULT') == str(tmp_path / '_cpu_default.so')
 
 
 def _python(*arguments, **environ):

@@ -44,6 +44,15 @@ extern "C" void GOMP_parallel(void (*function)(void *), void *data,
                               unsigned threads, unsigned flags)
     __attribute__((weak));
 
+// The first version of exp, which every glibc has. The linker would choose the
+// one of glibc 2.29, which differs in how it reports errors, and one wheel
+// would not run on all systems that torch's own wheels run on.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp, exp@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver exp, exp@GLIBC_2.17");
+#endif
+
 namespace {
 
 // SUMS: how many sums are kept in registers at once.

@@ -6,7 +6,6 @@ that torch itself would use here is loaded.
 """
 
 import ctypes
-import importlib.machinery
 import os
 
 import torch
@@ -134,11 +133,10 @@ class Library:
 
 def find(capability: str) -> 'str | None':
     """Path of the library for one of :data:`CAPABILITIES`, or None."""
-    # In this folder only: an editable install's finder would look further.
-    spec = importlib.machinery.PathFinder.find_spec(
-        f'_cpu_{capability.lower()}', [os.path.dirname(__file__)]
+    path = os.path.join(
+        os.path.dirname(__file__), f'_cpu_{capability.lower()}.so'
     )
-    return spec and spec.origin
+    return path if os.path.isfile(path) else None
 
 
 def runnable() -> 'tuple[str, ...]':

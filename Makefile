@@ -24,7 +24,7 @@ DETECTED := work_dirs/demo/detector
 SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
 SEGMENTED := work_dirs/demo/segmentor
 
-.PHONY: help setup demo test lint docs sanitize
+.PHONY: help setup demo test lint docs sanitize wheel
 
 help:  ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,19 @@ sanitize: $(READY)  ## Run the CPU library's tests under AddressSanitizer.
 $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=build/sanitize/lib $(BIN)/pytest \
 		tests/test_ops_cpu.py -k 'not install and not report'
+
+# One wheel for every Python and torch, and one without the CPU library for
+# other platforms, both from the sdist. auditwheel refuses what a system of
+# that age lacks, and names the wheel so.
+wheel: $(READY)  ## Build the wheels and the sdist into dist.
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --no-isolation --sdist
+	MMCARAFE_WITH_OPS=1 $(WHEEL) -w build/wheel dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --only-plat \
+		--plat manylinux_2_28_$$(uname -m) -w dist build/wheel/*.whl
+	MMCARAFE_WITH_OPS=0 $(WHEEL) -w dist dist/*.tar.gz
+
+WHEEL = $(PIP) --no-cache-dir wheel --no-deps --no-index --no-build-isolation
 
 data/shapes: tools/dataset_converters/shapes.py | $(READY)
 	rm -rf $@

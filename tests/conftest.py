@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What is built and installed, and how.
 SOURCES = (
     'LICENSE',
+    'Makefile',
     'README.md',
     'configs',
     'mmcarafe',
@@ -82,7 +83,23 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def wheel(checkout):
-    run(*PIP, 'wheel', *OFFLINE, '-w', 'dist', '.', cwd=checkout)
-    (wheel,) = (checkout / 'dist').glob('*.whl')
+def dist(checkout):
+    """What `make wheel` makes, in the environment of the tests."""
+    env = {  # not those of a make that runs the tests
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith('MAKE') and name not in ('STACK', 'TORCH')
+    }
+    here = Path(sys.executable).parent
+    run(
+        *('make', '-o', '.venv/ready', 'wheel', f'BIN={here}'),
+        cwd=checkout,
+        env=env,
+    )
+    return checkout / 'dist'
+
+
+@pytest.fixture(scope='session')
+def wheel(dist):
+    (wheel,) = dist.glob('*-manylinux*.whl')
     return wheel

@@ -1,6 +1,8 @@
 """What leaves the checkout: the wheel, the sdist, and what they install."""
 
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -79,20 +81,26 @@ def test_all_say_the_same_about_python():
         r'\(3, (\d+)\) <= sys\.version_info < \(3, (\d+)\)', makefile
     )
     low, high = int(checked[0]), int(checked[1]) - 1
-    assert first <= low and high == last
+    assert first <= low and high <= last
     assert f'with Python 3.{low} to 3.{high} ' in ' '.join(readme.split())
     minors = [f'3.{minor}' for minor in range(low, high + 1)]
     assert f'Python {", ".join(minors[:-1])} or {minors[-1]} (' in makefile
 
 
 @pytest.fixture(scope='module')
-def sdist(checkout):
-    build = 'import setuptools.build_meta as b; print(b.build_sdist("dist"))'
-    name = run(sys.executable, '-c', build, cwd=checkout).split()[-1]
-    return checkout / 'dist' / name
+def sdist(dist):
+    (sdist,) = dist.glob('*.tar.gz')
+    return sdist
 
 
-@pytest.fixture(scope='module', params=['wheel', 'sdist'])
+@pytest.fixture(scope='module')
+def pure_wheel(dist):
+    (wheel,) = dist.glob('*-any.whl')
+    return wheel
+
+
+# Both were built from the sdist.
+@pytest.fixture(scope='module', params=['wheel', 'pure_wheel'])
 def installed(request, tmp_path_factory):
     archive = request.getfixturevalue(request.param)
     target = tmp_path_factory.mktemp(f'from_{request.param}')
@@ -100,16 +108,105 @@ def installed(request, tmp_path_factory):
     return target
 
 
-def test_archive_holds_no_links_and_no_leftovers(sdist, wheel):
+def test_archive_holds_no_links_and_no_leftovers(sdist, wheel, pure_wheel):
     with tarfile.open(sdist) as archive:
         assert not [m.name for m in archive if m.issym() or m.islnk()]
         names = archive.getnames()
-    with zipfile.ZipFile(wheel) as archive:
-        names += archive.namelist()
-    # the CPU library, for machines that have no compiler
-    assert [n for n in names if n.startswith('mmcarafe/ops/_cpu_default')]
+    assert [name for name in names if name.endswith('/mmcarafe/ops/cpu.cpp')]
+    for path in (wheel, pure_wheel):
+        with zipfile.ZipFile(path) as archive:
+            names += archive.namelist()
     assert not [name for name in names if '__pycache__' in name]
     assert any(name.endswith('LICENSE') for name in names)
+
+
+def libraries(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if name.endswith('.so')}
+
+
+def test_there_is_one_wheel_for_every_python(dist, wheel, pure_wheel):
+    machine = platform.machine()
+    widths = ('default', 'avx2', 'avx512') if machine == 'x86_64' else ()
+    assert libraries(wheel) >= {f'mmcarafe/ops/_cpu_{w}.so' for w in widths}
+    assert len(libraries(wheel)) == len(widths or ('default',))
+    assert not libraries(pure_wheel)
+    tags = set()
+    for path in (wheel, pure_wheel):
+        with zipfile.ZipFile(path) as archive:
+            (info,) = [n for n in archive.namelist() if n.endswith('/WHEEL')]
+            text = archive.read(info).decode()
+        (tag,) = re.findall('^Tag: (.*)$', text, re.MULTILINE)
+        assert path.stem.endswith(f'-{tag}')
+        tags.add(tag)
+    assert tags == {f'py3-none-manylinux_2_28_{machine}', 'py3-none-any'}
+    assert len(list(dist.iterdir())) == 3
+
+
+@pytest.mark.parametrize('python', ['3.8', '3.13'])
+@pytest.mark.parametrize(
+    'system, chosen',
+    [
+        ('manylinux_2_28', 'wheel'),
+        ('manylinux_2_17', 'pure_wheel'),  # an older system
+        ('win', 'pure_wheel'),
+    ],
+)
+def test_pip_takes_the_wheel_that_fits(
+    request, dist, tmp_path, python, system, chosen
+):
+    run(
+        *(*PIP, 'download', '--no-deps', '--no-index', '--find-links', dist),
+        *('--only-binary', ':all:', '--python-version', python),
+        *('--platform', f'{system}_{platform.machine()}', '-d', tmp_path),
+        'mmcarafe',
+    )
+    (found,) = tmp_path.iterdir()
+    assert found.name == request.getfixturevalue(chosen).name
+
+
+def build_ext(folder, **environ):
+    return subprocess.run(
+        [sys.executable, 'setup.py', 'build_ext', '-b', folder, '-t', folder],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize('demanded', [True, False])
+def test_the_library_can_be_demanded(tmp_path, demanded):
+    done = build_ext(
+        tmp_path,
+        CC='/no/such/compiler',
+        CXX='/no/such/compiler',
+        MMCARAFE_WITH_OPS='1' if demanded else '',
+    )
+    assert '/no/such/compiler' in done.stderr
+    assert bool(done.returncode) == demanded
+
+
+def test_with_ops_is_0_or_1(tmp_path):
+    done = build_ext(tmp_path, MMCARAFE_WITH_OPS='yes')
+    assert done.returncode != 0
+    message = "MMCARAFE_WITH_OPS is 'yes', expected 0 or 1"
+    assert message in done.stderr.splitlines()
+
+
+def test_nox_runs_every_python_and_torch_that_we_name():
+    setup, makefile = (
+        (ROOT / name).read_text(encoding='utf-8')
+        for name in ('setup.cfg', 'Makefile')
+    )
+    listed = run(sys.executable, '-m', 'nox', '--list', '--json', cwd=ROOT)
+    sessions = json.loads(listed)
+    versions = re.findall(r'Python :: (3\.\d+)\n', setup)
+    assert {session['python'] for session in sessions} == set(versions)
+    torches = [session['call_spec']['torch'] for session in sessions]
+    (oldest,) = re.findall(r'torch>=(.*)', setup)
+    (newest,) = re.findall(r'torch==([\d.]+)\)', makefile)
+    assert torches[0].startswith(f'{oldest}.') and torches[-1] == newest
 
 
 def test_configs_tools_and_data_are_inside(installed):

@@ -5,7 +5,8 @@ A checkpoint is a pickle, and a pickle may call any function. After
 ``Runner.resume``, ``load_from``, ``init_cfg`` or inference, is loaded as by
 ``torch.load(weights_only=True)``, with any torch. Besides torch's own list of
 harmless names, only what mmengine's runner writes passes: its histories of
-losses, and numpy's numbers and numeric arrays. All else is refused.
+losses, and numpy's numbers and numeric arrays. All else is refused. So is a
+config in a checkpoint, which is text, but Python's: mmengine would run it.
 """
 
 import functools
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from mmengine.infer import BaseInferencer
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
@@ -103,9 +105,14 @@ def _weights_only():
         for name in (force, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
     }
     os.environ[force] = '1'
+    HistoryBuffer()  # of which the first fills in the class's statistics
+    statistics = HistoryBuffer._statistics_methods
+    own = dict(statistics)  # which unpickling a history would replace
     try:
         yield
     finally:
+        statistics.clear()
+        statistics.update(own)
         del os.environ[force]
         os.environ.update({k: v for k, v in before.items() if v is not None})
 
@@ -117,13 +124,31 @@ _load_checkpoint = CheckpointLoader.load_checkpoint
 def load_checkpoint(filename, *args, **kwargs):
     try:
         with _weights_only():
-            return _load_checkpoint(filename, *args, **kwargs)
+            checkpoint = _load_checkpoint(filename, *args, **kwargs)
     except FileNotFoundError:
         raise  # names the file itself
     except Exception as error:
         raise RuntimeError(
             f'cannot load the checkpoint {filename}: {_reason(error)}'
         ) from error
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    if isinstance(meta, dict):
+        # mmcv 1 saved it. Runner.resume would run it, for the number of GPUs.
+        meta.pop('config', None)
+    return checkpoint
+
+
+_init_model = BaseInferencer._init_model
+
+
+@functools.wraps(_init_model)
+def init_model(self, cfg, weights, *args, **kwargs):
+    if not cfg:
+        raise RuntimeError(
+            f'the config in the checkpoint {weights} is not run: name a '
+            'config, model=CONFIG'
+        )
+    return _init_model(self, cfg, weights, *args, **kwargs)
 
 
 def _reason(error):
@@ -147,6 +172,7 @@ _own_safe_globals = getattr(
 def enable() -> None:
     """Load as data only, from now on; ``mmcarafe.models`` calls this."""
     CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
+    BaseInferencer._init_model = init_model
     if _FROM_2_6:
         torch.serialization.add_safe_globals(
             [(value, path) for path, value in {**ALLOWED, **DTYPES}.items()]
@@ -163,6 +189,7 @@ def disable() -> None:
     torch itself still takes the names above for harmless.
     """
     CheckpointLoader.load_checkpoint = staticmethod(_load_checkpoint)
+    BaseInferencer._init_model = _init_model
     torch_unpickler.Unpickler = _own_unpickler
     if _own_safe_globals:
         mmengine_checkpoint.get_torch_safe_globals = _own_safe_globals

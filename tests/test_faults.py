@@ -432,8 +432,9 @@ def save(file, content):
     elif content == WEIGHTS:
         torch.save(dict(weight=torch.zeros(1)), file)
     else:
-        meta = dict(time=f'20250101_00000{content}')
-        torch.save(dict(meta=meta, message_hub={}), file)
+        meta = dict(epoch=1, iter=4, time=f'20250101_00000{content}')
+        hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+        torch.save(dict(meta=meta, message_hub=hub), file)
 
 
 @pytest.mark.parametrize(

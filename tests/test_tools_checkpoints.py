@@ -657,8 +657,8 @@ def test_what_a_scheduler_adds_is_no_difference():
     saved['param_groups'][0].update(initial_lr=0.1, initial_momentum=0.9)
     del saved['param_groups'][0]['maximize']  # as an older torch
     checkpoint = dict(
-        meta={},
-        message_hub={},
+        meta=dict(epoch=1, iter=4),
+        message_hub=dict(log_scalars={}, runtime_info={}, resumed_keys={}),
         state_dict=model.state_dict(),
         optimizer=saved,
     )

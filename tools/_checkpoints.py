@@ -99,7 +99,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _save_best_checkpoint(self, runner, metrics):
         backend = self.file_backend
-        self.file_backend = RemovesLater(backend)
+        self.file_backend = RemovesLater(backend, self.out_dir)
         try:
             super()._save_best_checkpoint(runner, metrics)
             for remove in self.file_backend.removals:
@@ -109,26 +109,39 @@ class SafeCheckpointHook(CheckpointHook):
 
 
 class RemovesLater:
-    """A file backend whose removals wait for its owner to call them."""
+    """A file backend whose removals wait for its owner to call them.
 
-    def __init__(self, backend):
+    Only what is in the folder of the checkpoints is removed. After resuming,
+    the name of the best so far comes from a file, and may be any path.
+    """
+
+    def __init__(self, backend, folder):
         self.backend = backend
+        self.folder = osp.realpath(folder)
         self.removals = []
 
     def __getattr__(self, name):
         return getattr(self.backend, name)
 
     def remove(self, path):
-        self.removals.append(partial(self.backend.remove, path))
+        self._remove(self.backend.remove, path)
 
     def rmtree(self, path):
-        self.removals.append(partial(self.backend.rmtree, path))
+        self._remove(self.backend.rmtree, path)
+
+    def _remove(self, remove, path):
+        if '://' in path or osp.dirname(osp.realpath(path)) == self.folder:
+            self.removals.append(partial(remove, path))
 
 
-def load(path):
-    """Load a checkpoint, a dict, into memory."""
+def load(path, model=None):
+    """Load a checkpoint, a dict, into memory.
+
+    With the config of a model that begins with it, an error names the setting
+    to leave out.
+    """
     try:
-        with readable_errors():
+        with readable_errors(model):
             checkpoint = CheckpointLoader.load_checkpoint(
                 path, 'cpu', 'silent'
             )
@@ -227,6 +240,15 @@ class Fit:
                 and not name.endswith('num_batches_tracked')
             ]
 
+        nan = [
+            name
+            for name, value in model.state_dict().items()
+            if name in weights
+            and value.is_floating_point()
+            and value.isnan().any()
+        ]
+        if nan:
+            fail(f'{path} holds NaN in {some(nan)}')
         self.missing = counted(n for n in missing if n not in reshaped)
         self.unexpected = counted(unexpected)
         self.reshaped = [reshaped[name] for name in counted(reshaped)]
@@ -373,11 +395,41 @@ def _refuse_to_overwrite(work_dir):
 
 
 def _check_state(path, checkpoint):
+    """Refuse a checkpoint without what mmengine's runner resumes from."""
     if not {'meta', 'message_hub'} <= checkpoint.keys():
         fail(
             f'{path} holds only weights: no run can be resumed from it, but '
             f'one can start with --cfg-options load_from={path}'
         )
+    for key, kinds in STATE.items():
+        value = checkpoint
+        for name in key.split('.'):
+            value = value.get(name)
+        if value is None and key in OPTIONAL:
+            continue
+        if not isinstance(value, kinds):
+            what = ' or '.join(kind.__name__ for kind in kinds)
+            fail(
+                f'{path} holds a {type(value).__name__} as its {key}, '
+                f'expected {what}'
+            )
+
+
+# Each key of a checkpoint comes after that which holds it.
+STATE = {
+    'meta': (dict,),
+    'meta.epoch': (int,),
+    'meta.iter': (int,),
+    'meta.time': (str,),
+    'message_hub': (dict,),
+    'message_hub.log_scalars': (dict,),
+    'message_hub.runtime_info': (dict,),
+    'message_hub.resumed_keys': (dict,),
+    'optimizer': (dict,),
+    'param_schedulers': (list, dict),
+}
+# A run may be told not to save the first two.
+OPTIONAL = ('optimizer', 'param_schedulers', 'meta.time')
 
 
 def check_resumed(path, checkpoint, model, optim_wrapper):
@@ -390,7 +442,12 @@ def check_resumed(path, checkpoint, model, optim_wrapper):
             f'--resume: {path} does not fit this config: {fit}; resume with '
             f'the config of its run, or {instead}'
         )
-    difference = _difference(checkpoint.get('optimizer'), optim_wrapper)
+    try:
+        difference = _difference(checkpoint.get('optimizer'), optim_wrapper)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        fail(
+            f'--resume: {path} holds no state of an optimizer as its optimizer'
+        )
     if difference:
         fail(
             f'--resume: {path} is from a run with another optim_wrapper: '
@@ -459,7 +516,10 @@ def check_pretrained(model):
                     f'{key}: {path} needs torchvision, which names the file '
                     f'to download: install it, or {scratch}'
                 )
-        elif '://' not in path and not osp.isfile(osp.expanduser(path)):
-            fail(
-                f'{key}: there is no checkpoint {path}; name one, or {scratch}'
-            )
+        elif '://' not in path:
+            if not osp.isfile(osp.expanduser(path)):
+                fail(
+                    f'{key}: there is no checkpoint {path}; name one, or '
+                    f'{scratch}'
+                )
+            load(path, model)

@@ -400,18 +400,18 @@ def drop(part, index, key):
         ),
         (
             put('annotations', 2, bbox=[1, float('nan'), 3, 4]),
-            ': annotation 3 has the bbox [1, nan, 3, 4], expected four finite '
-            'numbers: x, y, width, height',
+            ': annotation 3 has the bbox [1, nan, 3, 4], expected four '
+            'numbers of pixels: x, y, width, height',
         ),
         (
             put('annotations', 2, bbox=[1, 2, float('inf'), 4]),
-            ': annotation 3 has the bbox [1, 2, inf, 4], expected four finite '
-            'numbers: x, y, width, height',
+            ': annotation 3 has the bbox [1, 2, inf, 4], expected four '
+            'numbers of pixels: x, y, width, height',
         ),
         (
             put('annotations', 2, bbox=[1, 2, 3]),
-            ': annotation 3 has the bbox [1, 2, 3], expected four finite '
-            'numbers: x, y, width, height',
+            ': annotation 3 has the bbox [1, 2, 3], expected four '
+            'numbers of pixels: x, y, width, height',
         ),
         (
             put('annotations', 2, area=float('nan')),

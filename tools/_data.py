@@ -17,13 +17,16 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from _cli import as_list, fail, user_errors
 from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 from mmengine.dataset import BaseDataset, Compose
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
+from PIL import Image
 
 SHAPES = osp.join('data', 'shapes')
 CONVERTERS = Path(__file__).resolve().parent / 'dataset_converters'
@@ -202,22 +205,16 @@ def guarded(runner, *splits):
         runner (Runner): what will train or test inside the ``with``.
         splits (str): ``'train'``, ``'val'`` or ``'test'``.
     """
-    ignored = {IGNORED}
-    for _, head in _heads(runner.cfg.model):
-        ignored.add(head.get('ignore_index', IGNORED))
-    build = runner.build_dataloader
+    build, build_evaluator = runner.build_dataloader, runner.build_evaluator
+    datasets = {}  # of the splits
 
     def build_checked(dataloader, *args, **kwargs):
         if not isinstance(dataloader, dict):
             return build(dataloader, *args, **kwargs)
-
-        # The registry calls a function that stands in place of a type, and the
-        # config that the run keeps stays as it is.
-        def load(cfg, key):
-            return {**cfg, 'type': partial(_load, cfg['type'], key, ignored)}
-
         key = f'{split}_dataloader'  # of the loop being built below
-        dataset = _each_dataset(load, dataloader['dataset'], f'{key}.dataset')
+        dataset = _checked(
+            dataloader['dataset'], f'{key}.dataset', runner.cfg.model
+        )
         with user_errors(key):
             try:
                 loader = build(
@@ -231,24 +228,75 @@ def guarded(runner, *splits):
                 length = 0
         # a sampler of an empty data set might wait forever
         if not length:
-            fail(
-                f'{key}.dataset holds no image: check its paths, '
-                'metainfo.classes and filter_cfg'
-            )
+            _fail_for_no_image(f'{key}.dataset')
+        datasets[split] = loader.dataset
         return loader
 
+    def build_evaluator_checked(cfg):
+        if isinstance(cfg, Evaluator):
+            return build_evaluator(cfg)
+        return _build_evaluator(
+            build_evaluator, cfg, datasets.get(split), f'{split}_evaluator'
+        )
+
     runner.build_dataloader = build_checked
+    runner.build_evaluator = build_evaluator_checked
     for split in splits:
         with user_errors(f'{split}_cfg'):
             getattr(runner, f'{split}_loop')  # builds it
-    del runner.build_dataloader  # back to the class's own
+    del runner.build_dataloader, runner.build_evaluator  # the class's own
     if 'train' in splits:
         runner.register_hook(StopAtInvalidLoss())
+    with data_errors():
+        yield
+
+
+def _fail_for_no_image(key):
+    fail(
+        f'{key} holds no image: check its paths, metainfo.classes and '
+        'filter_cfg'
+    )
+
+
+@contextmanager
+def data_errors():
+    """End in one line where a file of the data is wrong."""
     try:
         yield
     except DataError as error:
         # a worker process's text is its traceback, which ends in our line
         fail(str(error).rpartition(f'{DataError.__name__}: ')[2].strip())
+
+
+def build_dataset(cfg, split):
+    """Build the data set of a split, checked as those of a run.
+
+    What is wrong with its images shows where they are read: read them inside
+    :func:`data_errors`.
+    """
+    key = f'{split}_dataloader.dataset'
+    dataset = _checked(cfg[f'{split}_dataloader'].dataset, key, cfg.model)
+    with user_errors(key):
+        dataset = DATASETS.build(dataset)
+    if not len(dataset):
+        _fail_for_no_image(key)
+    return dataset
+
+
+def _checked(cfg, key, model):
+    """The config of a data set that checks what it reads.
+
+    The registry calls a function that stands in place of a type, and the
+    config that the run keeps stays as it is.
+    """
+    ignored = {IGNORED}
+    for _, head in _heads(model):
+        ignored.add(head.get('ignore_index', IGNORED))
+
+    def replace(cfg, key):
+        return {**cfg, 'type': partial(_load, cfg['type'], key, ignored)}
+
+    return _each_dataset(replace, cfg, key)
 
 
 def _load(kind, key, ignored, **cfg):
@@ -261,11 +309,12 @@ def _load(kind, key, ignored, **cfg):
         lazy = dataset is not None
         if not lazy:
             dataset = datasets.build(dict(cfg, type=kind))
-    if lazy and _reads_coco(cls):
+    lists_sizes = lazy and _reads_coco(cls)
+    if lists_sizes:
 
         class CheckedCOCO(dataset.COCOAPI):
             def __init__(self, *args, **kwargs):
-                with user_errors(dataset.ann_file):
+                with user_errors(dataset.ann_file, RecursionError):
                     super().__init__(*args, **kwargs)
 
             def createIndex(self):
@@ -278,7 +327,9 @@ def _load(kind, key, ignored, **cfg):
     dataset.full_init()
 
     for step in _steps(dataset.pipeline, LoadImageFromFile):
-        step.transform = partial(_load_image, step)
+        step.transform = partial(
+            _load_image, step, dataset.ann_file if lists_sizes else None
+        )
     for step in _steps(dataset.pipeline, LoadAnnotations):
         if step.with_seg:
             step.transform = partial(_load_label_map, step)
@@ -307,10 +358,13 @@ def _reads_coco(cls):
 
 
 COCO_KEYS = dict(
-    images={'id', 'file_name', 'width', 'height'},
-    categories={'id', 'name'},
-    annotations={'id', 'image_id', 'category_id', 'bbox', 'area'},
+    images=('id', 'file_name', 'width', 'height'),
+    categories=('id', 'name'),
+    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
 )
+# Pixels: OpenCV reads no image of a longer side. A polygon from farther away
+# would take all memory to draw, one with NaN too.
+FAR = 2**20
 
 
 def _check_coco(content, dataset, key):
@@ -321,27 +375,111 @@ def _check_coco(content, dataset, key):
         dataset (CocoDataset): one that has not loaded it yet.
         key (str): of the data set in the config.
     """
+    from mmdet.datasets import CocoDataset
+
     path = dataset.ann_file
+    # COCO's list of test images has none
+    optional = ('annotations',) if dataset.test_mode else ()
+    _check_entries(content, path, optional, dataset.ANN_ID_UNIQUE)
+    classes = dataset.metainfo['classes']
+    # Others may sort the categories before they number them.
+    by_file = type(dataset).load_data_list is CocoDataset.load_data_list
+    _check_names(classes, content['categories'], path, key, by_file)
+    masks = any(
+        step.with_mask
+        for step in _steps(dataset.pipeline, LoadAnnotations)
+        if hasattr(step, 'with_mask')  # mmdet's
+    )
+    count, dropped = _check_boxes(content, classes, path, masks)
+    if dropped:
+        reasons = ', '.join(f'{n} {why}' for why, n in dropped.items())
+        _warn(
+            f'{path}: {sum(dropped.values()):,} of {count:,} boxes are '
+            f'dropped: {reasons}'
+        )
+    if not count and not dataset.test_mode:
+        _warn(f'{path} has no box of the classes in {key}.metainfo.classes')
+
+
+def _warn(text):
+    print_log(text, 'current', logging.WARNING)
+
+
+def _check_entries(content, path, optional=(), unique=True):
+    """Refuse a json that lacks what mmdet and pycocotools read in COCO's.
+
+    Args:
+        content (dict): what the json holds.
+        path (str): its file.
+        optional (tuple[str]): keys that it need not have.
+        unique (bool): whether no two annotations may have the same id.
+    """
     for part, keys in COCO_KEYS.items():
         if part not in content:
-            if part == 'annotations' and dataset.test_mode:
-                continue  # COCO's list of test images has none
+            if part in optional:
+                continue
             fail(f'{path} has no {part!r}')
+        if not isinstance(content[part], list):
+            kind = type(content[part]).__name__
+            fail(f'{path}: {part} is a {kind}, expected a list')
+        values = [(name, *VALUES[name]) for name in keys if name in VALUES]
+        first = {}  # where each id is
         for index, entry in enumerate(content[part]):
             if not isinstance(entry, dict):
                 fail(f'{path}: {part}[{index}] is {entry!r}, not an object')
-            missing = keys - entry.keys()
-            if missing and entry.get('ignore'):  # mmdet skips its box
-                missing -= {'bbox', 'area'}
-            if missing:
-                number = f' (id {entry["id"]})' if 'id' in entry else ''
+            for name in keys:
+                if name not in entry:
+                    if name in ('bbox', 'area') and entry.get('ignore'):
+                        continue  # mmdet skips its box
+                    number = f' (id {entry["id"]})' if 'id' in entry else ''
+                    fail(f'{path}: {part}[{index}]{number} has no {name!r}')
+            for name, good, expected in values:
+                if not good(entry[name]):
+                    fail(
+                        f'{path}: {part}[{index}] has the {name} '
+                        f'{entry[name]!r}, expected {expected}'
+                    )
+            other = first.setdefault(entry['id'], index)
+            if other != index and (unique or part != 'annotations'):
                 fail(
-                    f'{path}: {part}[{index}]{number} has no {min(missing)!r}'
+                    f'{path}: {part}[{other}] and {part}[{index}] have the '
+                    f'same id, {entry["id"]}'
                 )
 
+
+def _is_id(value):
+    return isinstance(value, (int, float, str))
+
+
+def _is_length(value):
+    return _finite(value, limit=FAR) and value >= 1
+
+
+VALUES = dict(
+    id=(_is_id, 'a number'),
+    image_id=(_is_id, 'a number'),
+    category_id=(_is_id, 'a number'),
+    file_name=(lambda value: isinstance(value, str), 'text'),
+    name=(lambda value: isinstance(value, str), 'text'),
+    width=(_is_length, 'a number of pixels'),
+    height=(_is_length, 'a number of pixels'),
+)
+
+
+def _check_boxes(content, classes, path, masks):
+    """Refuse boxes and masks that cannot be meant.
+
+    Args:
+        content (dict): what the json holds; its entries are complete.
+        classes (Sequence[str]): boxes of other categories are not read.
+        path (str): the json.
+        masks (bool): whether masks are read, too.
+
+    Returns:
+        tuple[int, Counter]: the number of boxes that are read, and how many
+        of them mmdet drops, for which reason.
+    """
     names = {each['id']: each['name'] for each in content['categories']}
-    wanted = dataset.metainfo['classes']
-    _check_names(wanted, list(names.values()), path, key)
     images = {each['id']: each for each in content['images']}
     count, dropped = 0, Counter()
     for each in content.get('annotations', ()):
@@ -351,13 +489,17 @@ def _check_coco(content, dataset, key):
             count += 1
             dropped['of a category that is not listed'] += 1
             continue
-        if names[each['category_id']] not in wanted:
+        if names[each['category_id']] not in classes:
             continue
         box = each['bbox']
-        if not (isinstance(box, list) and len(box) == 4 and _finite(*box)):
+        if not (
+            isinstance(box, list)
+            and len(box) == 4
+            and _finite(*box, limit=FAR)
+        ):
             fail(
                 f'{path}: annotation {each["id"]} has the bbox {box}, '
-                'expected four finite numbers: x, y, width, height'
+                'expected four numbers of pixels: x, y, width, height'
             )
         if not _finite(each['area']):
             fail(
@@ -366,20 +508,137 @@ def _check_coco(content, dataset, key):
             )
         count += 1
         image = images.get(each['image_id'])
-        dropped[_why_dropped(box, each['area'], image)] += 1
+        why = _why_dropped(box, each['area'], image)
+        dropped[why] += 1
+        wrong = masks and not why and _wrong_mask(each, image)
+        if wrong:
+            fail(f'{path}: annotation {each["id"]} has {wrong}')
     del dropped[None]
-    if dropped:
-        reasons = ', '.join(f'{n} {why}' for why, n in dropped.items())
-        print_log(
-            f'{path}: {sum(dropped.values()):,} of {count:,} boxes are '
-            f'dropped: {reasons}',
-            'current',
-            logging.WARNING,
+    return count, dropped
+
+
+def _wrong_mask(annotation, image):
+    """What pycocotools would make nonsense of, or die of; None if nothing.
+
+    mmdet itself ignores objects whose polygons have no three points.
+    """
+    mask = annotation.get('segmentation')
+    if not mask:
+        return "no 'segmentation', which with_mask=True reads"
+    if isinstance(mask, list):
+        for polygon in mask:
+            if not _is_polygon(polygon):
+                text = repr(polygon)
+                text = text if len(text) < 60 else f'{text[:57]}...'
+                return (
+                    f'the polygon {text}, expected a list of numbers x, y, '
+                    f'x, y, ... between -{FAR} and {FAR}'
+                )
+        return None
+    if not isinstance(mask, dict):
+        return f'the segmentation {mask!r}, expected polygons or an RLE'
+    counts, size = mask.get('counts'), mask.get('size')
+    if counts is None or size is None:
+        return None  # mmdet ignores the object
+    if size != [image['height'], image['width']]:
+        return (
+            f'an RLE of size {size}, expected that of its image, '
+            f'{[image["height"], image["width"]]}'
         )
+    if isinstance(counts, list):
+        good = _finite(*counts) and min(counts, default=0) >= 0
+        if not good or sum(counts) != size[0] * size[1]:
+            return (
+                'an RLE whose counts do not add up to the '
+                f'{size[0] * size[1]} pixels of its image'
+            )
+    return None
 
 
-def _check_names(wanted, names, path, key):
-    """Refuse unknown ones: mmdet would number the rest as if without them."""
+def _is_polygon(points):
+    """Whether all are numbers of pixels. Fast: COCO has twenty million."""
+    if not isinstance(points, list):
+        return False
+    try:
+        total = sum(points)  # NaN if one is, which min and max may miss
+        return not points or (
+            total == total and -FAR < min(points) <= max(points) < FAR
+        )
+    except TypeError:
+        return False
+
+
+def _build_evaluator(build, cfg, dataset, key):
+    """Build an evaluator, and check the json that it takes for the truth.
+
+    Args:
+        build (callable): builds it.
+        cfg (dict | list[dict]): of the evaluator.
+        dataset (Dataset): the images to evaluate; None if unknown.
+        key (str): of the evaluator in the config.
+    """
+    each = [metric for metric in as_list(cfg) if isinstance(metric, dict)]
+    files = ', '.join(m['ann_file'] for m in each if m.get('ann_file'))
+    what = f'{key}.ann_file: {files}' if files else key
+    with user_errors(what, RecursionError):
+        evaluator = build(cfg)
+    for settings, metric in zip(as_list(cfg), evaluator.metrics):
+        coco = getattr(metric, '_coco_api', None)
+        if coco and hasattr(metric, 'metrics'):  # mmdet's CocoMetric
+            _check_truth(coco.dataset, metric.metrics, settings, dataset, key)
+    return evaluator
+
+
+def _check_truth(content, kinds, settings, dataset, key):
+    """Refuse a json by which nothing, or something else, is measured.
+
+    Args:
+        content (dict): what the json holds.
+        kinds (list[str]): what is measured, such as ``'segm'``.
+        settings (dict): of the metric.
+        dataset (Dataset): the images to evaluate; None if unknown.
+        key (str): of the evaluator in the config.
+    """
+    path = settings['ann_file']
+    _check_entries(content, path, optional=('annotations',))
+    for index, each in enumerate(content.get('annotations', ())):
+        if 'iscrowd' not in each:
+            fail(
+                f'{path}: annotations[{index}] (id {each["id"]}) has no '
+                "'iscrowd', which COCO's evaluation reads"
+            )
+    classes = getattr(dataset, 'metainfo', {}).get('classes')
+    if classes is None:
+        return
+    by_file = not settings.get('sort_categories')
+    _check_names(classes, content['categories'], path, key, by_file)
+    _check_boxes(content, classes, path, 'segm' in kinds)
+    if path == getattr(dataset, 'ann_file', path):
+        return
+    images = {each['id']: each['file_name'] for each in content['images']}
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        number, image = info['img_id'], info['img_path']
+        other = images.get(number)
+        if other is None or osp.basename(other) != osp.basename(image):
+            found = 'no image' if other is None else f'the image {other}'
+            fail(
+                f'{key}.ann_file: {path} has {found} of id {number}, which '
+                f'is {image} in the data set'
+            )
+
+
+def _check_names(wanted, categories, path, key, by_file):
+    """Refuse classes that mmdet would number otherwise than they are listed.
+
+    Args:
+        wanted (Sequence[str]): the classes.
+        categories (list[dict]): those of the json.
+        path (str): the json.
+        key (str): what reads it, in the config.
+        by_file (bool): whether classes are numbered in the json's order.
+    """
+    names = [each['name'] for each in categories]
     missing = [name for name in wanted if name not in names]
     if missing:
         close = difflib.get_close_matches(missing[0], names, 1)
@@ -389,11 +648,21 @@ def _check_names(wanted, names, path, key):
             f'{missing[0]!r}{hint} It has '
             f'{_list(names, "category", "categories")}'
         )
+    names = [name for name in names if name in wanted]
+    for name, count in Counter(names).items():
+        if count > 1:
+            fail(f'{path} has {count} categories of the name {name!r}')
+    if by_file and names != list(wanted):
+        fail(
+            f'{key}.metainfo.classes: {", ".join(wanted)} must come in the '
+            f'order of the categories of {path}, by which mmdet numbers '
+            f'them: {", ".join(names)}'
+        )
 
 
-def _finite(*values):
+def _finite(*values, limit=math.inf):
     return all(
-        isinstance(value, (int, float)) and math.isfinite(value)
+        isinstance(value, (int, float)) and -limit < value < limit
         for value in values
     )
 
@@ -444,9 +713,22 @@ def _reading(what):
         ) from error
 
 
-def _load_image(step, results):
-    with _reading(f'the image {results["img_path"]}'):
-        return type(step).transform(step, results)
+def _load_image(step, ann_file, results):
+    """Load an image, and compare its size with what the json says, if any.
+
+    Boxes are cut and dropped by the size in the json.
+    """
+    path = results['img_path']
+    listed = results.get('height'), results.get('width')
+    with _reading(f'the image {path}'):
+        loaded = type(step).transform(step, results)
+    if ann_file and loaded and tuple(loaded['ori_shape'][:2]) != listed:
+        raise DataError(
+            f'{ann_file}: the image of id {results["img_id"]} has '
+            f'{_size(listed)} pixels, but {path} has '
+            f'{_size(loaded["ori_shape"])}'
+        )
+    return loaded
 
 
 def _load_label_map(step, results):
@@ -457,10 +739,14 @@ def _load_label_map(step, results):
     with _reading(f'the label map {path}'):
         results = type(step).transform(step, results)
     labels = results['gt_seg_map']
-    if labels.ndim != 2:
+    if labels.ndim > 2:
         raise DataError(
             f'the label map {path} has {labels.shape[-1]} channels, expected '
             'one, of labels'
+        )
+    if labels.ndim < 2:  # mmseg leaves out sides of length one
+        raise DataError(
+            f'the label map {path} is one pixel high or wide, expected more'
         )
     size = results.get('ori_shape', labels.shape)
     if labels.shape != tuple(size):
@@ -468,7 +754,22 @@ def _load_label_map(step, results):
             f'the label map {path} has {_size(labels.shape)} pixels, but the '
             f'image {results["img_path"]} has {_size(size)}'
         )
+    if labels.dtype == np.uint8 and not _is_remote(step.backend_args):
+        _check_depth(path)
     return results
+
+
+def _check_depth(path):
+    """Refuse labels of more than eight bits, of which mmseg keeps the last."""
+    with Image.open(path) as image:
+        if image.mode[0] not in 'IF':  # 16 or 32 bits; this reads no pixels
+            return
+        highest = np.asarray(image).max()
+    if highest > 255:
+        raise DataError(
+            f'the label map {path} holds the value {highest}, but mmseg reads '
+            'labels up to 255'
+        )
 
 
 def _pack(step, num_labels, ignored, results):

@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import PowerNorm
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import init_default_scope
 from PIL import Image, ImageDraw
 from visualize_kernels import choose_points
 
@@ -203,15 +203,17 @@ def main():
     checkpoint = _checkpoints.load(args.checkpoint)
     _checkpoints.check_weights(model, args.checkpoint, checkpoint)
     model.eval()
-    with _cli.user_errors('test_dataloader.dataset'):
-        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    dataset = _data.build_dataset(cfg, 'test')
 
     hook = cfg.get('default_hooks', {}).get('visualization') or {}
     number = min(args.images, len(dataset))
     rows, classes, kinds = [], {}, set()
     for i in range(number):  # from the middle of equal parts
         index = (2 * i + 1) * len(dataset) // (2 * number)
-        panels, keys = row(model, dataset, index, hook.get('score_thr', 0.3))
+        with _data.data_errors():
+            panels, keys = row(
+                model, dataset, index, hook.get('score_thr', 0.3)
+            )
         rows.append(panels)
         classes.update((key.text, key) for key in keys)
         kinds.add(len(panels))

@@ -19,15 +19,17 @@ TORCH ?= $(CHOSEN)
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/ready
+JOBS ?= 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 DETECTOR := configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py
 DETECTED := work_dirs/demo/detector
 SEGMENTOR := configs/shapes/upernet-carafe_r18_shapes.py
 SEGMENTED := work_dirs/demo/segmentor
 
-.PHONY: help setup demo test lint docs sanitize wheel
+.PHONY: help setup demo test test-fast lint docs sanitize wheel
 
 help:  ## Print this list.
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY)  ## Install everything that is needed into .venv, once.
 
@@ -47,8 +49,11 @@ $(BIN)/python tools/analysis/contact_sheet.py $(1) \
 	"$$(cat $(2)/last_checkpoint)" --out $(2).png
 endef
 
-test: $(READY)  ## Run the tests.
-	$(BIN)/python -m pytest
+test: $(READY)  ## Run the tests, JOBS files at a time.
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+test-fast: $(READY)  ## Run those that take no minutes.
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
 lint: $(READY)  ## Check style and format of Python and C++.
 	$(BIN)/ruff check .

@@ -22,6 +22,35 @@ SOURCES = (
     'setup.py',
     'tools',
 )
+# What `make test-fast` leaves out: files that take more than ten seconds.
+SLOW = {
+    'test_accuracy.py',
+    'test_benchmarks.py',
+    'test_compare_upsamplers.py',
+    'test_comparison.py',
+    'test_configs.py',
+    'test_distributed.py',
+    'test_docs.py',
+    'test_export.py',
+    'test_faults.py',
+    'test_fuzz.py',
+    'test_gpu_suite.py',
+    'test_hostile_files.py',
+    'test_kernel_visualization_hook.py',
+    'test_kernels_page.py',
+    'test_limits.py',
+    'test_notebook.py',
+    'test_nuclei_converter.py',
+    'test_ops_triton.py',
+    'test_packaging.py',
+    'test_published.py',
+    'test_segmentation.py',
+    'test_tools.py',
+    'test_tools_checkpoints.py',
+    'test_tools_data.py',
+    'test_visualization.py',
+    'test_watch_build.py',
+}
 PIP = (sys.executable, '-m', 'pip', '--disable-pip-version-check')
 OFFLINE = ('--no-deps', '--no-index', '--no-build-isolation')
 
@@ -45,6 +74,12 @@ def save_untrained(config, folder):
         warnings.simplefilter('ignore')  # mmseg's, about its losses
         model = MODELS.build(cfg.model)
     torch.save(model.state_dict(), folder / f'{Path(config).stem}.pth')
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.registry import init_default_scope
 from mmseg.models.backbones import ResNetV1c
 from mmseg.models.decode_heads import UPerHead
 from mmseg.registry import MODELS
@@ -18,6 +19,12 @@ pytestmark = [
 PLACES = ('ppm', 'fpn', 'fuse')
 BN = dict(type='BN')
 COMBINATIONS = list(product((False, True), repeat=3))
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """The losses' names are looked up where another test may have said."""
+    init_default_scope('mmseg')
 
 
 def name_of(combination):

@@ -3,7 +3,7 @@
 import importlib
 from importlib.util import find_spec
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 # Where names are, and what they need besides torch. All others come from
 # mmcarafe.upsamplers, which needs torch alone.

@@ -69,6 +69,23 @@ all_dtypes = pytest.mark.parametrize(
     'dtype', DTYPES, ids=lambda dtype: str(dtype)[6:]
 )
 
+# For layers, not for the operator, which has its own kernels.
+all_16_bits = pytest.mark.parametrize(
+    'dtype',
+    [
+        torch.bfloat16,
+        pytest.param(
+            torch.float16,
+            marks=pytest.mark.skipif(
+                torch.__version__.startswith('2.1.'),
+                reason='torch 2.1 has no convolution or autocast in fp16 '
+                'on a CPU',
+            ),
+        ),
+    ],
+    ids=str,
+)
+
 
 def _sliced(x):
     """The same values in the middle of a larger tensor."""

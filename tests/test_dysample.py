@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import all_16_bits
 from torch import nn
 from torch.nn import functional as F
 
@@ -169,7 +170,7 @@ def test_published_state_dicts_load(variant):
     module(torch.randn(1, 64, 3, 5))
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@all_16_bits
 def test_positions_keep_their_digits(dtype):
     """In bf16, column 299.75 would be 300."""
     module = far(dict(), 8, dtype)
@@ -190,7 +191,7 @@ class Cast(nn.Module):
         return x.to(self.dtype)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@all_16_bits
 def test_autocast(dtype):
     module = DySample(8, dyscope=True)
     x = torch.randn(2, 8, 65, 91, requires_grad=True)

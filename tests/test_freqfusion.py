@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import all_16_bits
 from test_dysample import sampled
 from torch import nn
 from torch.nn import functional as F
@@ -220,10 +221,12 @@ def test_published_state_dicts_load(feature_resample):
     assert len(module.state_dict()) == len(list(module.parameters()))
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@all_16_bits
 @both_kinds
 def test_low_precision(feature_resample, dtype):
     """Not more than twice as far off as the same steps in that precision."""
+    if feature_resample and torch.__version__.startswith('2.1.'):
+        pytest.skip('torch 2.1 samples no map of bf16 on a CPU')
     module = far(dict(feature_resample=feature_resample), dtype)
     maps = inputs_of(module, (9, 11), dtype=dtype)
     ours, theirs = module(*maps), published(module, *maps)
@@ -252,7 +255,7 @@ def test_the_window_keeps_its_digits():
     )
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@all_16_bits
 def test_cosines_keep_their_digits(dtype):
     x = torch.randn(1, 64, 5, 6).to(dtype)
     torch.testing.assert_close(
@@ -263,7 +266,7 @@ def test_cosines_keep_their_digits(dtype):
     )
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@all_16_bits
 @pytest.mark.parametrize('mixed', ['neither', 'x', 'guide'])
 @both_kinds
 def test_autocast(feature_resample, mixed, dtype):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from _measure import peak_memory
+from cases import all_16_bits
 from test_window_similarity import plain
 from torch import nn
 from torch.nn import functional as F
@@ -98,7 +99,7 @@ def test_parameters():
     assert sum(p.numel() for p in module.parameters()) == 17_472
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@all_16_bits
 @pytest.mark.parametrize('autocast', [False, True])
 def test_16_bits(dtype, autocast):
     """As exact as the plain formulation in the same dtype."""

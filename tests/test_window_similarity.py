@@ -73,6 +73,10 @@ def test_gradients_of_first_and_second_order():
     assert torch.autograd.gradgradcheck(function, (query, key))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith('2.1.'),
+    reason='torch 2.1 compiles no sizes that are squares of others',
+)
 def test_compiles_into_one_graph_with_dynamic_shapes():
     torch._dynamo.reset()
     compiled = torch.compile(

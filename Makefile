@@ -52,7 +52,7 @@ endef
 test: $(READY)  ## Run the tests, JOBS files at a time.
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-test-fast: $(READY)  ## Run those that take no minutes.
+test-fast: $(READY)  ## Run only the files of tests that take seconds.
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
 lint: $(READY)  ## Check style and format of Python and C++.

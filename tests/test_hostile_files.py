@@ -530,9 +530,39 @@ def masks(world):
 
 def evaluate(world):
     """Measure boxes and masks, where the truth may be another file."""
+    return evaluate_by(world, boxes(world.data, test_mode=True), coco(world))
+
+
+def evaluate_metrics(world):
+    """As evaluate, but the metrics are inside of an evaluator."""
     dataset = boxes(world.data, test_mode=True)
+    return evaluate_by(world, dataset, dict(metrics=[coco(world)]))
+
+
+def evaluate_two(world):
+    """Measure two data sets of other classes; the truth is the second's."""
+    first, second = (boxes(world.data, test_mode=True) for _ in range(2))
+    first['metainfo'] = dict(classes=('disk',))
+    json = dict(coco(world), ann_file=str(world.data / JSON))
+    evaluator = dict(
+        type='MultiDatasetsEvaluator',
+        metrics=[json, coco(world)],
+        dataset_prefixes=['first', 'second'],
+    )
+    dataset = dict(type='ConcatDataset', datasets=[first, second])
+    return evaluate_by(world, dataset, evaluator)
+
+
+def coco(world):
     truth = world.data / TRUTH
-    metric = dict(type='CocoMetric', metric=['bbox', 'segm'])
+    return dict(
+        type='CocoMetric',
+        metric=['bbox', 'segm'],
+        ann_file=str(truth if truth.exists() else world.data / JSON),
+    )
+
+
+def evaluate_by(world, dataset, evaluator):
     runner = Runner(
         model=torch.nn.Linear(1, 1),
         work_dir=str(world.folder / 'work'),
@@ -542,10 +572,7 @@ def evaluate(world):
             num_workers=0,
         ),
         test_cfg=dict(),
-        test_evaluator=dict(
-            metric,
-            ann_file=str(truth if truth.exists() else world.data / JSON),
-        ),
+        test_evaluator=evaluator,
         default_scope='mmdet',
         experiment_name=str(world.folder).replace('/', '_'),
         cfg=Config(dict(model=dict(type='Model'))),
@@ -924,6 +951,23 @@ EVALUATED = [
         'error: test_evaluator.ann_file: {data}/'
         + TRUTH
         + ' has no image of id 0, which is {data}/images/training/00000.jpg',
+    ),
+    (evaluate_metrics, truth(), NOTHING),
+    (
+        evaluate_metrics,
+        truth(drop('annotations', 2, 'bbox')),
+        IN_TRUTH + r": annotations\[2\] \(id 3\) has no 'bbox'",
+    ),
+    (evaluate_two, truth(), NOTHING),
+    (
+        evaluate_two,
+        truth(drop('annotations', 2, 'bbox')),
+        IN_TRUTH + r": annotations\[2\] \(id 3\) has no 'bbox'",
+    ),
+    (
+        evaluate_two,
+        truth(lambda content: content['categories'].reverse()),
+        'error: test_evaluator.* must come in the order of the categories of',
     ),
     (
         evaluate,  # as of another split

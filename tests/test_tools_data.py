@@ -654,6 +654,25 @@ def test_paths_of_another_backend(data, tmp_path, backend):
         check_data(cfg, 'val')
 
 
+@pytest.mark.parametrize('kind', [dict, list])
+def test_missing_json_of_a_metric_inside_of_an_evaluator(data, kind):
+    metric = dict(type='CocoMetric', ann_file=f'{data}/none.json')
+    metrics = metric if kind is dict else [dict(type='Other'), metric]
+    cfg = Config(
+        dict(
+            default_scope='mmdet',
+            model={},
+            val_dataloader=dict(dataset=boxes(data)),
+            val_evaluator=dict(metrics=metrics),
+        )
+    )
+    with pytest.raises(SystemExit) as caught:
+        import_module('_data').check_data(cfg, 'val')
+    assert message_of(caught) == (
+        f'val_evaluator.ann_file: there is no {data}/none.json'
+    )
+
+
 def test_labels_inside_of_another_step(data, tmp_path):
     """As test-time augmentation loads them."""
     write_png(data / LABEL_MAP, (96, 96), 44)

@@ -51,11 +51,16 @@ def check_data(cfg, split):
             cfg[loader].dataset,
             f'{loader}.dataset',
         )
-    for each in as_list(cfg.get(evaluator)):
+    for each in _metrics(cfg.get(evaluator)):
         if not isinstance(each, dict) or _is_remote(each.get('backend_args')):
             continue
         if each.get('ann_file'):
             _check_ann_file(each.ann_file, f'{evaluator}.ann_file')
+
+
+def _metrics(cfg):
+    """The metrics in the config of an evaluator, as mmengine builds them."""
+    return as_list(cfg.get('metrics', cfg) if isinstance(cfg, dict) else cfg)
 
 
 def _each_dataset(function, cfg, key):
@@ -573,19 +578,26 @@ def _build_evaluator(build, cfg, dataset, key):
 
     Args:
         build (callable): builds it.
-        cfg (dict | list[dict]): of the evaluator.
+        cfg (dict | list[dict]): of the evaluator, or of its metrics.
         dataset (Dataset): the images to evaluate; None if unknown.
         key (str): of the evaluator in the config.
     """
-    each = [metric for metric in as_list(cfg) if isinstance(metric, dict)]
+    each = [metric for metric in _metrics(cfg) if isinstance(metric, dict)]
     files = ', '.join(m['ann_file'] for m in each if m.get('ann_file'))
     what = f'{key}.ann_file: {files}' if files else key
     with user_errors(what, RecursionError):
         evaluator = build(cfg)
-    for settings, metric in zip(as_list(cfg), evaluator.metrics):
+    metrics = evaluator.metrics
+    if hasattr(evaluator, 'dataset_prefixes'):  # MultiDatasetsEvaluator
+        # it measures each data set of a ConcatDataset by a metric of its own
+        datasets = getattr(dataset, 'datasets', [None] * len(metrics))
+    else:
+        datasets = [dataset] * len(metrics)
+    for settings, metric, each in zip(_metrics(cfg), metrics, datasets):
         coco = getattr(metric, '_coco_api', None)
-        if coco and hasattr(metric, 'metrics'):  # mmdet's CocoMetric
-            _check_truth(coco.dataset, metric.metrics, settings, dataset, key)
+        is_coco = coco and hasattr(metric, 'metrics')  # mmdet's CocoMetric
+        if is_coco and isinstance(settings, dict):
+            _check_truth(coco.dataset, metric.metrics, settings, each, key)
     return evaluator
 
 
@@ -607,7 +619,9 @@ def _check_truth(content, kinds, settings, dataset, key):
                 f'{path}: annotations[{index}] (id {each["id"]}) has no '
                 "'iscrowd', which COCO's evaluation reads"
             )
-    classes = getattr(dataset, 'metainfo', {}).get('classes')
+    metainfo = getattr(dataset, 'metainfo', None)
+    # a ConcatDataset of several kinds has a list of them
+    classes = metainfo.get('classes') if isinstance(metainfo, dict) else None
     if classes is None:
         return
     by_file = not settings.get('sort_categories')

@@ -896,8 +896,22 @@ MASKS = [
             mask(dict(size=[96, 96], counts=counts)),
             IN_JSON + ': annotation 4 has an RLE whose counts do not add up',
         )
-        for counts in ([50, 10**6], [5], [5, -3, 9214], [NAN, 1])
+        for counts in (
+            *([50, 10**6], [5], [5, -3, 9214], [NAN, 1]),
+            # compressed: letters that it does not use, one count of 5, one
+            # that goes on behind the end, -1 and 9217, nothing
+            *('zzzz~~~~', '5', 'P', 'OQP9', '', 'Q' * 99),
+        )
     ),
+]
+
+MASKS += [
+    (
+        masks,
+        mask(dict(size=[96, 96], counts=5)),
+        IN_JSON + ': annotation 4 has an RLE with the counts 5, expected a',
+    ),
+    (masks, mask(dict(size=[96, 96], counts='PP9')), NOTHING),
 ]
 
 # The json by which is measured: the data set's, or another one

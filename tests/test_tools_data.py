@@ -505,6 +505,26 @@ def test_sound_boxes_need_no_word(data, tmp_path, warnings):
     assert 'COCOAPI' not in vars(dataset)  # so that workers can be spawned
 
 
+def test_compressed_masks(data):
+    """Their counts are read as pycocotools reads them."""
+    from pycocotools import mask
+
+    rng = np.random.default_rng(0)
+    image = dict(height=60, width=70)
+    for share in (0, 0.01, 0.5, 0.99, 1):
+        pixels = np.asfortranarray(rng.random((60, 70)) < share, np.uint8)
+        rle = mask.encode(pixels)
+        text = rle['counts'].decode()
+        counts = import_module('_data')._decompress(text)
+        again = mask.frPyObjects(dict(size=[60, 70], counts=counts), 60, 70)
+        assert again == rle
+        wrong = import_module('_data')._wrong_mask
+        rle = dict(size=[60, 70], counts=text)
+        assert wrong(dict(segmentation=rle), image) is None
+        rle['counts'] += '1'
+        assert 'do not add up' in wrong(dict(segmentation=rle), image)
+
+
 def test_list_of_test_images_without_annotations(data, tmp_path):
     edit(data, lambda content: content.pop('annotations'))
     assert len(load(tmp_path, boxes(data, test_mode=True), 'mmdet')) == 8

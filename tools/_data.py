@@ -550,14 +550,41 @@ def _wrong_mask(annotation, image):
             f'an RLE of size {size}, expected that of its image, '
             f'{[image["height"], image["width"]]}'
         )
-    if isinstance(counts, list):
-        good = _finite(*counts) and min(counts, default=0) >= 0
-        if not good or sum(counts) != size[0] * size[1]:
-            return (
-                'an RLE whose counts do not add up to the '
-                f'{size[0] * size[1]} pixels of its image'
-            )
+    if isinstance(counts, str):
+        counts = _decompress(counts)
+    elif not isinstance(counts, list):
+        return f'an RLE with the counts {counts!r}, expected a list or text'
+    good = _finite(*counts) and min(counts, default=0) >= 0
+    if not good or sum(counts) != size[0] * size[1]:
+        return (
+            'an RLE whose counts do not add up to the '
+            f'{size[0] * size[1]} pixels of its image'
+        )
     return None
+
+
+def _decompress(text):
+    """The counts in a compressed RLE; none if pycocotools cannot read it.
+
+    Each is written by five bits a character, the lowest first, as what it
+    differs from the last but one. pycocotools would read on behind the end.
+    """
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - ord('0')
+        if not 0 <= bits < 64 or shift > 60:
+            return []
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # more follow
+            continue
+        if bits & 16:  # it is negative
+            value -= 1 << shift
+        if len(counts) > 2:
+            value += counts[-2]
+        counts.append(value)
+        value = shift = 0
+    return [] if shift else counts
 
 
 def _is_polygon(points):

@@ -966,6 +966,31 @@ EVALUATED = [
         + TRUTH
         + ' has no image of id 0, which is {data}/images/training/00000.jpg',
     ),
+    *(
+        (
+            evaluate,  # of which pycocotools would die after the first epoch
+            truth(put('annotations', 3, **values, segmentation=[polygon])),
+            re.escape(f'{IN_TRUTH}: annotation 4 has the polygon {polygon}, ')
+            + 'expected three points',
+        )
+        for values in ({}, dict(bbox=[10, 10, 0, 5]))
+        for polygon in ([1, 2, 3], [1, 2, 3, 4], [])
+    ),
+    (
+        evaluate,  # which pycocotools draws as nothing
+        truth(
+            lambda content: content['annotations'][3]['segmentation'].append(
+                [1, 2, 3, 4]
+            )
+        ),
+        NOTHING,
+    ),
+    (
+        evaluate,
+        truth(put('annotations', 3, segmentation=dict(size=[96, 96]))),
+        IN_TRUTH
+        + r": annotation 4 has an RLE of the keys \['size'\], expected",
+    ),
     (evaluate_metrics, truth(), NOTHING),
     (
         evaluate_metrics,

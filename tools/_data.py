@@ -471,7 +471,7 @@ VALUES = dict(
 )
 
 
-def _check_boxes(content, classes, path, masks):
+def _check_boxes(content, classes, path, masks, measured=False):
     """Refuse boxes and masks that cannot be meant.
 
     Args:
@@ -479,6 +479,8 @@ def _check_boxes(content, classes, path, masks):
         classes (Sequence[str]): boxes of other categories are not read.
         path (str): the json.
         masks (bool): whether masks are read, too.
+        measured (bool): whether pycocotools reads them, which leaves out
+            nothing that mmdet would.
 
     Returns:
         tuple[int, Counter]: the number of boxes that are read, and how many
@@ -515,17 +517,19 @@ def _check_boxes(content, classes, path, masks):
         image = images.get(each['image_id'])
         why = _why_dropped(box, each['area'], image)
         dropped[why] += 1
-        wrong = masks and not why and _wrong_mask(each, image)
+        is_read = masks and image and (measured or not why)
+        wrong = is_read and _wrong_mask(each, image, measured)
         if wrong:
             fail(f'{path}: annotation {each["id"]} has {wrong}')
     del dropped[None]
     return count, dropped
 
 
-def _wrong_mask(annotation, image):
+def _wrong_mask(annotation, image, measured=False):
     """What pycocotools would make nonsense of, or die of; None if nothing.
 
-    mmdet itself ignores objects whose polygons have no three points.
+    mmdet itself ignores objects whose polygons have no three points, and RLEs
+    that lack a part; what is measured goes to pycocotools as it is.
     """
     mask = annotation.get('segmentation')
     if not mask:
@@ -539,11 +543,16 @@ def _wrong_mask(annotation, image):
                     f'the polygon {text}, expected a list of numbers x, y, '
                     f'x, y, ... between -{FAR} and {FAR}'
                 )
+        # by the first, pycocotools tells polygons from boxes
+        if measured and len(mask[0]) < 6:
+            return f'the polygon {mask[0]}, expected three points or more'
         return None
     if not isinstance(mask, dict):
         return f'the segmentation {mask!r}, expected polygons or an RLE'
     counts, size = mask.get('counts'), mask.get('size')
     if counts is None or size is None:
+        if measured:
+            return f'an RLE of the keys {list(mask)}, expected size and counts'
         return None  # mmdet ignores the object
     if size != [image['height'], image['width']]:
         return (
@@ -653,7 +662,7 @@ def _check_truth(content, kinds, settings, dataset, key):
         return
     by_file = not settings.get('sort_categories')
     _check_names(classes, content['categories'], path, key, by_file)
-    _check_boxes(content, classes, path, 'segm' in kinds)
+    _check_boxes(content, classes, path, 'segm' in kinds, measured=True)
     if path == getattr(dataset, 'ann_file', path):
         return
     images = {each['id']: each['file_name'] for each in content['images']}

@@ -684,8 +684,8 @@ def mask(value):
     return change(put('annotations', 3, segmentation=value))
 
 
-def label_map(shape=(96, 96), dtype=np.uint8, value=0):
-    return write(LABEL_MAP, encoded('.png', shape, dtype, value))
+def label_map(suffix='.png', shape=(96, 96), dtype=np.uint8, value=0):
+    return write(LABEL_MAP, encoded(suffix, shape, dtype, value))
 
 
 def image(shape, suffix='.jpg', dtype=np.uint8):
@@ -757,17 +757,34 @@ MAPS = [
         'error: .* label map .*/00000.p',
     ),
     (segment, write(LABEL_MAP, claim(10**5, 10**5)), UNREADABLE_MAP),
-    (segment, label_map((1, 1)), THE_MAP + ' is one pixel high or wide'),
-    (segment, label_map((96, 1)), THE_MAP + ' is one pixel high or wide'),
-    (segment, label_map((96, 48)), THE_MAP + ' has 48 x 96 pixels'),
-    (segment, label_map((96, 96, 4)), THE_MAP + ' has 4 channels'),
+    (segment, label_map(shape=(1, 1)), THE_MAP + ' is one pixel high or wide'),
+    (
+        segment,
+        label_map(shape=(96, 1)),
+        THE_MAP + ' is one pixel high or wide',
+    ),
+    (segment, label_map(shape=(96, 48)), THE_MAP + ' has 48 x 96 pixels'),
+    (segment, label_map(shape=(96, 96, 4)), THE_MAP + ' has 4 channels'),
     (segment, label_map(value=7), THE_MAP + ' holds the value 7'),
     (
         segment,  # mmseg would keep its last eight bits: label 1
         label_map(dtype=np.uint16, value=257),
-        THE_MAP + ' holds the value 257, but mmseg reads labels up to 255',
+        THE_MAP + ' holds the value 257, but mmseg reads labels from 0 to 255',
     ),
     (segment, label_map(dtype=np.uint16, value=3), NOTHING),
+    # to be ignored: the last eight bits are 255
+    (segment, label_map(dtype=np.uint16, value=65535), NOTHING),
+    (segment, label_map('.tiff', dtype=np.int32, value=-1), NOTHING),
+    (
+        segment,  # of which they are label 1
+        label_map('.tiff', dtype=np.int32, value=-255),
+        THE_MAP + ' holds the value -255, but mmseg reads labels from 0',
+    ),
+    (
+        segment,
+        label_map('.tiff', dtype=np.float32, value=NAN),
+        THE_MAP + ' holds the value nan, but mmseg reads labels from 0 to 255',
+    ),
 ]
 
 # Boxes in a json

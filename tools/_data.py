@@ -810,15 +810,20 @@ def _load_label_map(step, results):
 
 
 def _check_depth(path):
-    """Refuse labels of more than eight bits, of which mmseg keeps the last."""
+    """Refuse labels of more than eight bits, of which mmseg keeps the last.
+
+    Those of -1 and of 65535 are meant to be ignored, and become 255.
+    """
     with Image.open(path) as image:
         if image.mode[0] not in 'IF':  # 16 or 32 bits; this reads no pixels
             return
-        highest = np.asarray(image).max()
-    if highest > 255:
+        labels = np.asarray(image)
+    # not >= 0 is NaN, too
+    good = (labels >= 0) & (labels <= 255) | (labels % 256 == IGNORED)
+    if not good.all():
         raise DataError(
-            f'the label map {path} holds the value {highest}, but mmseg reads '
-            'labels up to 255'
+            f'the label map {path} holds the value {labels[~good].max()}, but '
+            'mmseg reads labels from 0 to 255'
         )
 
 

@@ -780,6 +780,8 @@ MAPS = [
         label_map('.tiff', dtype=np.int32, value=-255),
         THE_MAP + ' holds the value -255, but mmseg reads labels from 0',
     ),
+    # PIL does not read numbers of 64 bits
+    (segment, label_map('.tiff', dtype=np.float64, value=3), NOTHING),
     (
         segment,
         label_map('.tiff', dtype=np.float32, value=NAN),

@@ -22,6 +22,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
+from PIL import Image
 from test_tools import (
     SEGMENTOR,
     SHAPES,
@@ -594,6 +595,12 @@ def test_label_map_of_another_size(data, tmp_path):
         f'the label map {data}/{LABEL_MAP} has 48 x 96 pixels, but the image '
         f'{data}/{IMAGE} has 96 x 96'
     )
+
+
+def test_label_map_that_is_too_large_for_pil(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 96 * 96 // 3)
+    dataset = load(tmp_path, maps(data), 'mmseg')
+    assert dataset[3]['data_samples'].gt_sem_seg.data.shape == (1, 96, 96)
 
 
 def test_label_map_in_colours(data, tmp_path):

@@ -814,10 +814,14 @@ def _check_depth(path):
 
     Those of -1 and of 65535 are meant to be ignored, and become 255.
     """
-    with Image.open(path) as image:
-        if image.mode[0] not in 'IF':  # 16 or 32 bits; this reads no pixels
-            return
-        labels = np.asarray(image)
+    try:
+        with Image.open(path) as image:
+            # 16 or 32 bits; this reads no pixels
+            if image.mode[0] not in 'IF':
+                return
+            labels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return  # PIL reads less than OpenCV, which has read it
     # not >= 0 is NaN, too
     good = (labels >= 0) & (labels <= 255) | (labels % 256 == IGNORED)
     if not good.all():

@@ -22,7 +22,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
-from PIL import Image
+from PIL import ExifTags, Image
 from test_tools import (
     SEGMENTOR,
     SHAPES,
@@ -546,6 +546,23 @@ def test_data_sets_in_wrappers_are_checked(data, tmp_path):
 
 
 # Images and label maps
+
+
+@pytest.mark.parametrize(
+    'orientation, hint',
+    [(6, ' after the rotation that its EXIF data asks for'), (1, '')],
+)
+def test_photo_that_was_turned(data, tmp_path, orientation, hint):
+    """Where it is not, other sides than the json's are another image."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    size = (96, 48) if hint else (48, 96)
+    Image.new('RGB', size).save(data / IMAGE, exif=exif)
+    edit(data, put('images', 3, width=96, height=48))
+    assert read(tmp_path, boxes(data), 'mmdet') == (
+        f'{data}/{JSON}: the image of id 3 has 96 x 48 pixels, but '
+        f'{data}/{IMAGE} has 48 x 96{hint}'
+    )
 
 
 def write_png(file, size, value=0):

@@ -26,7 +26,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
-from PIL import Image
+from PIL import ExifTags, Image
 
 SHAPES = osp.join('data', 'shapes')
 CONVERTERS = Path(__file__).resolve().parent / 'dataset_converters'
@@ -773,12 +773,24 @@ def _load_image(step, ann_file, results):
     with _reading(f'the image {path}'):
         loaded = type(step).transform(step, results)
     if ann_file and loaded and tuple(loaded['ori_shape'][:2]) != listed:
+        swapped = tuple(loaded['ori_shape'][1::-1]) == listed
+        hint = ' after the rotation that its EXIF data asks for'
         raise DataError(
             f'{ann_file}: the image of id {results["img_id"]} has '
             f'{_size(listed)} pixels, but {path} has '
             f'{_size(loaded["ori_shape"])}'
+            f'{hint if swapped and _is_turned(path) else ""}'
         )
     return loaded
+
+
+def _is_turned(path):
+    """Whether a photo says that it is to be shown with its sides swapped."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False  # elsewhere, or PIL cannot read it
 
 
 def _load_label_map(step, results):

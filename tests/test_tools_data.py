@@ -526,6 +526,36 @@ def test_compressed_masks(data):
         assert 'do not add up' in wrong(dict(segmentation=rle), image)
 
 
+class Name(str):
+    """Counts how often two are compared."""
+
+    count = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        Name.count += 1
+        return str.__eq__(self, other)
+
+
+def test_thousands_of_classes_are_compared_once_each(monkeypatch):
+    """As LVIS and Objects365 have, with millions of boxes."""
+    names = [f'class {index}' for index in range(1000)]
+    content = dict(
+        images=[dict(id=0, width=96, height=96)],
+        categories=[dict(id=i, name=Name(n)) for i, n in enumerate(names)],
+        annotations=[
+            dict(id=i, image_id=0, category_id=i, bbox=[1, 1, 5, 5], area=25)
+            for i in range(1000)
+        ],
+    )
+    wanted = tuple(map(Name, names))
+    monkeypatch.setattr(Name, 'count', 0)
+    module = import_module('_data')
+    module._check_names(wanted, content['categories'], 'x', 'y', True)
+    assert module._check_boxes(content, wanted, 'x', False) == (1000, {})
+    assert Name.count < 10_000  # not half a million
+
+
 def test_list_of_test_images_without_annotations(data, tmp_path):
     edit(data, lambda content: content.pop('annotations'))
     assert len(load(tmp_path, boxes(data, test_mode=True), 'mmdet')) == 8

@@ -488,6 +488,7 @@ def _check_boxes(content, classes, path, masks, measured=False):
     """
     names = {each['id']: each['name'] for each in content['categories']}
     images = {each['id']: each for each in content['images']}
+    classes = set(classes)
     count, dropped = 0, Counter()
     for each in content.get('annotations', ()):
         if each.get('ignore'):
@@ -689,7 +690,8 @@ def _check_names(wanted, categories, path, key, by_file):
         by_file (bool): whether classes are numbered in the json's order.
     """
     names = [each['name'] for each in categories]
-    missing = [name for name in wanted if name not in names]
+    known = set(names)
+    missing = [name for name in wanted if name not in known]
     if missing:
         close = difflib.get_close_matches(missing[0], names, 1)
         hint = f', did you mean {close[0]!r}?' if close else '.'
@@ -698,7 +700,8 @@ def _check_names(wanted, categories, path, key, by_file):
             f'{missing[0]!r}{hint} It has '
             f'{_list(names, "category", "categories")}'
         )
-    names = [name for name in names if name in wanted]
+    asked = set(wanted)
+    names = [name for name in names if name in asked]
     for name, count in Counter(names).items():
         if count > 1:
             fail(f'{path} has {count} categories of the name {name!r}')

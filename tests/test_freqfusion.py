@@ -225,8 +225,11 @@ def test_published_state_dicts_load(feature_resample):
 @both_kinds
 def test_low_precision(feature_resample, dtype):
     """Not more than twice as far off as the same steps in that precision."""
-    if feature_resample and torch.__version__.startswith('2.1.'):
-        pytest.skip('torch 2.1 samples no map of bf16 on a CPU')
+    try:
+        F.grid_sample(*torch.zeros(2, 1, 1, 2, 2, dtype=dtype).unbind())
+    except RuntimeError as error:  # torch 2.4 and older, on a CPU
+        if feature_resample:
+            pytest.skip(str(error))
     module = far(dict(feature_resample=feature_resample), dtype)
     maps = inputs_of(module, (9, 11), dtype=dtype)
     ours, theirs = module(*maps), published(module, *maps)

@@ -998,8 +998,10 @@ EVALUATED = [
     (
         evaluate,  # which pycocotools draws as nothing
         truth(
-            lambda content: content['annotations'][3]['segmentation'].append(
-                [1, 2, 3, 4]
+            put(
+                'annotations',
+                3,
+                segmentation=[[1, 2, 9, 2, 9, 9], [1, 2, 3, 4]],
             )
         ),
         NOTHING,

@@ -81,7 +81,11 @@ def make_runner(folder, loop, **kwargs):
     runner = Runner(
         model=Sum(),
         work_dir=str(folder),
-        train_dataloader=dict(loader, sampler=dict(type=kind)),
+        train_dataloader=dict(
+            loader,
+            sampler=dict(type=kind),
+            batch_sampler=kwargs.pop('batches', None),
+        ),
         val_dataloader=dict(loader, sampler=dict(type='DefaultSampler')),
         train_cfg=dict(loop, val_interval=1 if by_epoch else 3),
         val_cfg=dict(),
@@ -156,6 +160,78 @@ def test_epochs_of_another_length(tmp_path):
     )
     rest.train()
     assert rest.iter == 10  # 2 epochs of 3, 2 of 2
+
+
+def test_within_an_epoch_of_another_length(tmp_path):
+    """With larger batches, as large a share of the epoch is left out."""
+    saving = dict(interval=1, by_epoch=False)
+    make_runner(tmp_path / 'first', EPOCHS, saving=saving).train()
+    # After 3/3, 1/3 and 2/3 of an epoch: 2, 1 and 1 of its 2 larger batches
+    for name, expected in [('iter_6', 10), ('iter_7', 10), ('iter_8', 11)]:
+        rest = make_runner(
+            tmp_path / name,
+            EPOCHS,
+            saving=saving,
+            batch_size=3,
+            load_from=str(tmp_path / 'first' / f'{name}.pth'),
+            resume=True,
+        )
+        rest.train()
+        assert rest.iter == expected, name
+
+
+def trained_batches(length, share=None, **meta):
+    """Of an epoch, by a checkpoint of epoch 2 that was saved within it."""
+    if share is not None:
+        meta['share_of_epoch'] = share
+    return import_module('_resume').trained_batches(
+        dict(
+            meta=dict(epoch=2, **meta),
+            message_hub=dict(runtime_info=dict(epoch=2)),
+        ),
+        length,
+    )
+
+
+@pytest.mark.parametrize('length', [1, 7, 49, 7330])
+def test_place_in_an_epoch(length):
+    """The counted batches, or as large a share of an epoch today."""
+    for batch in {0, 1, length // 3, length - 1, length}:
+        share = batch / length
+        assert trained_batches(length, share, iter=1) == batch
+        assert trained_batches(2 * length, share, iter=1) == 2 * batch
+        # without a share, as older runs saved it
+        assert trained_batches(length, iter=2 * length + batch) == batch
+    for share, expected in [(-1, 0), (2, length), (float('nan'), 0)]:
+        assert trained_batches(length, share, iter=1) == expected
+    # more or fewer than two of today's epochs and one
+    assert trained_batches(length, iter=4 * length) == length
+    assert trained_batches(length, iter=length) == 0
+
+
+class OneLess(torch.utils.data.BatchSampler):
+    """Gives fewer batches than its length, as mmdet's by aspect ratio may."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[:-1])
+
+
+def test_fewer_batches_than_counted(tmp_path):
+    """The epochs after the resumed one are trained from their beginning."""
+    saving = dict(interval=1, by_epoch=False)
+    one_less = dict(type=OneLess, drop_last=False)
+    runners = [
+        make_runner(tmp_path / name, EPOCHS, saving=saving, batches=one_less)
+        for name in ('whole', 'rest')
+    ]
+    runners[0].train()
+    assert runners[0].iter == 8
+    runners[1]._load_from = str(tmp_path / 'whole' / 'iter_3.pth')
+    runners[1]._resume = True
+    runners[1].train()
+    assert runners[1].iter == 8
+    weights = [runner.model.weight.item() for runner in runners]
+    assert weights[0] == weights[1]
 
 
 # Makes each checkpoint take a second, half of which it is half written.

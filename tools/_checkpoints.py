@@ -421,6 +421,7 @@ STATE = {
     'meta.epoch': (int,),
     'meta.iter': (int,),
     'meta.time': (str,),
+    'meta.share_of_epoch': (int, float),
     'message_hub': (dict,),
     'message_hub.log_scalars': (dict,),
     'message_hub.runtime_info': (dict,),
@@ -428,8 +429,13 @@ STATE = {
     'optimizer': (dict,),
     'param_schedulers': (list, dict),
 }
-# A run may be told not to save the first two.
-OPTIONAL = ('optimizer', 'param_schedulers', 'meta.time')
+# A run may be told not to save the first two; mmengine knows no share.
+OPTIONAL = (
+    'optimizer',
+    'param_schedulers',
+    'meta.time',
+    'meta.share_of_epoch',
+)
 
 
 def check_resumed(path, checkpoint, model, optim_wrapper):

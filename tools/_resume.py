@@ -50,25 +50,50 @@ def register(runner):
 class PlaceInTheRun(Hook):
     """Seeds each iteration, and resumes an epoch where it was left."""
 
-    priority = 'VERY_HIGH'
-    within_epoch = False
+    priority = 'VERY_HIGH'  # before a checkpoint is saved
+    share = 0.0  # of the epoch, that was trained on
 
     def after_load_checkpoint(self, runner, checkpoint):
-        if runner._resume:
-            # The epoch that was being trained is also the one to resume at,
-            # unless it was complete.
-            saved = checkpoint['message_hub'].get('runtime_info', {})
-            trained = saved.get('epoch')
-            self.within_epoch = trained == checkpoint['meta']['epoch']
-
-    def before_train(self, runner):
-        loop = runner.train_loop
         # mmengine's other loop by itself leaves out what was trained.
-        if self.within_epoch and isinstance(loop, EpochBasedTrainLoop):
-            leave_out(loop, loop.iter - loop.epoch * len(loop.dataloader))
+        if runner._resume and by_epoch(runner):
+            loop = runner.train_loop
+            batches = trained_batches(checkpoint, len(loop.dataloader))
+            leave_out(loop, batches)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         seed_all(runner.seed, runner.iter)
+
+    def after_train_iter(
+        self, runner, batch_idx, data_batch=None, outputs=None
+    ):
+        if by_epoch(runner):
+            self.share = (batch_idx + 1) / len(runner.train_loop.dataloader)
+
+    def after_train_epoch(self, runner):
+        self.share = 0.0
+        vars(runner.train_loop).pop('run_iter', None)  # that of leave_out
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        if by_epoch(runner):
+            checkpoint['meta']['share_of_epoch'] = self.share
+
+
+def by_epoch(runner):
+    return isinstance(runner.train_loop, EpochBasedTrainLoop)
+
+
+def trained_batches(checkpoint, length):
+    """How many of the batches of an epoch a checkpoint's run has trained on.
+
+    Its epochs may have had another length, in batches, than they have now.
+    """
+    meta = checkpoint['meta']
+    if meta.get('share_of_epoch') is not None:
+        return round(min(1, max(0, meta['share_of_epoch'])) * length)
+    # An older run's. Its epoch was complete if the next one is to be trained.
+    if checkpoint['message_hub']['runtime_info'].get('epoch') != meta['epoch']:
+        return 0
+    return min(length, max(0, meta['iter'] - meta['epoch'] * length))
 
 
 def leave_out(loop, batches):
@@ -78,8 +103,6 @@ def leave_out(loop, batches):
     def run_rest(idx, data_batch):
         if idx >= batches:
             run_iter(idx, data_batch)
-        if idx + 1 == len(loop.dataloader):
-            del loop.run_iter  # back to the class's own
 
     loop.run_iter = run_rest
 

@@ -599,6 +599,7 @@ def test_file_that_cannot_be_written(tmp_path):
         ('EACCES', '{}/epoch_1.pth', 'cannot write {}/epoch_1.pth: Permiss'),
         ('EACCES', '{}2/data.json', None),
         ('ENOENT', '/data.json', None),
+        ('EIO', None, None),
     ],
 )
 def test_errors_of_the_disk(tmp_path, number, name, expected):
@@ -611,6 +612,13 @@ def test_errors_of_the_disk(tmp_path, number, name, expected):
     with pytest.raises(caught, match=message):
         with import_module('_checkpoints').writable_errors(str(tmp_path)):
             raise error
+
+
+def test_errors_that_are_only_a_text(tmp_path):
+    """As torch raises those of the processes that load the data."""
+    with pytest.raises(OSError, match='Caught'):
+        with import_module('_checkpoints').writable_errors(str(tmp_path)):
+            raise OSError('Caught OSError in DataLoader worker process 0.')
 
 
 def test_full_work_dir(error, shapes, monkeypatch):

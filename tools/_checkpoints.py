@@ -181,7 +181,8 @@ def writable_errors(work_dir):
         yield
     except OSError as error:
         path = str(error.filename or work_dir)
-        within = f'{osp.abspath(path)}/'.startswith(
+        # Errors of the processes that load the data come without a name.
+        within = error.filename and f'{osp.abspath(path)}/'.startswith(
             f'{osp.abspath(work_dir)}/'
         )
         if not within and error.errno not in UNWRITABLE:

@@ -351,6 +351,11 @@ def newest_readable(work_dir):
         say(f'--resume: {text}')
     if unreadable:
         say(f'--resume: continuing from {chosen}, the last that can be read')
+    elif named and chosen != named:
+        say(
+            f'--resume: continuing from {chosen}, saved after {named}, which '
+            'last_checkpoint names'
+        )
     if chosen and _number(chosen) > _number(named or '') and is_first():
         with suppress(OSError):  # reported when the run needs the folder
             _write_last(work_dir, chosen)
@@ -366,7 +371,7 @@ def _of_the_run(work_dir, named):
     for path in glob(osp.join(escape(folder), '*_*.pth')):
         kind = _kind(path)
         if _number(path) >= 0 and (
-            kind == _kind(named) if named else not kind.startswith('best_')
+            kind == _kind(named) if named else kind in ('epoch', 'iter')
         ):
             paths.add(path)
     return sorted(paths, key=_number, reverse=True)

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
@@ -631,6 +632,22 @@ def test_errors_that_are_only_a_text(tmp_path):
     with pytest.raises(OSError, match='Caught'):
         with import_module('_checkpoints').writable_errors(str(tmp_path)):
             raise OSError('Caught OSError in DataLoader worker process 0.')
+
+
+@pytest.mark.parametrize('folder', ['/runs/a', 's3://runs/a', 's3://runs/a/'])
+def test_only_the_checkpoints_folder_loses_files(folder):
+    """Whether it is on a disk or elsewhere."""
+    removed = []
+    backend = Namespace(remove=removed.append, rmtree=removed.append)
+    later = import_module('_checkpoints').RemovesLater(backend, folder)
+    own = f'{folder.rstrip("/")}/best_mAP_epoch_1.pth'
+    for path in (own, 's3://runs/b/1.pth', 'http://runs/a/1.pth', '/b/1.pth'):
+        later.remove(path)
+        later.rmtree(path)
+    assert not removed
+    for remove in later.removals:
+        remove()
+    assert removed == [own, own]
 
 
 def test_full_work_dir(error, shapes, monkeypatch):

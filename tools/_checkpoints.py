@@ -111,8 +111,9 @@ class SafeCheckpointHook(CheckpointHook):
 class RemovesLater:
     """A file backend whose removals wait for its owner to call them.
 
-    Only what is in the folder of the checkpoints is removed. After resuming,
-    the name of the best so far comes from a file, and may be any path.
+    Only what is in the folder of the checkpoints, or at its URL, is removed.
+    After resuming, the name of the best so far comes from a file, and may be
+    any path.
     """
 
     def __init__(self, backend, folder):
@@ -130,7 +131,7 @@ class RemovesLater:
         self._remove(self.backend.rmtree, path)
 
     def _remove(self, remove, path):
-        if '://' in path or osp.dirname(osp.realpath(path)) == self.folder:
+        if osp.dirname(osp.realpath(path)) == self.folder:
             self.removals.append(partial(remove, path))
 
 

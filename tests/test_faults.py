@@ -235,6 +235,22 @@ def test_fewer_batches_than_counted(tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize('used', [False, True])
+def test_seeding_of_gpus(monkeypatch, used):
+    """Only of those in use: the others would take most of the time."""
+    seeds = []
+    monkeypatch.setattr('torch.cuda.is_initialized', lambda: used)
+    monkeypatch.setattr('torch.cuda.manual_seed_all', seeds.append)
+    import_module('_resume').seed_all(3, 5)
+    seed = torch.initial_seed()
+    assert seeds == [seed] * used
+    drawn = random.random(), np.random.rand(), torch.rand(()).item()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(()).item())
+
+
 # Makes each checkpoint take a second, half of which it is half written.
 SLOW_DISK = """
 import builtins

@@ -251,6 +251,21 @@ def test_seeding_of_gpus(monkeypatch, used):
     assert drawn == (random.random(), np.random.rand(), torch.rand(()).item())
 
 
+def test_each_process_draws_other_numbers(monkeypatch):
+    """In the model; the same again in the same iteration."""
+    resume = import_module('_resume')
+    drawn = []
+    for rank, iteration in [(0, 1), (1, 1), (2, 1), (1, 2), (1, 1)]:
+        monkeypatch.setattr(resume, 'get_rank', lambda rank=rank: rank)
+        runner = Namespace(seed=3, iter=iteration)
+        resume.PlaceInTheRun().before_train_iter(runner, iteration)
+        drawn.append(
+            (random.random(), np.random.rand(), torch.rand(()).item())
+        )
+    assert drawn[4] == drawn[1]
+    assert all(len({*numbers}) == 4 for numbers in zip(*drawn))
+
+
 # Makes each checkpoint take a second, half of which it is half written.
 SLOW_DISK = """
 import builtins

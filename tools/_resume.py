@@ -61,7 +61,8 @@ class PlaceInTheRun(Hook):
             leave_out(loop, batches)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        seed_all(runner.seed, runner.iter)
+        # Zeros at the end change no seed: one process draws as ever.
+        seed_all(runner.seed, runner.iter, get_rank())
 
     def after_train_iter(
         self, runner, batch_idx, data_batch=None, outputs=None

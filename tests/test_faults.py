@@ -94,6 +94,7 @@ def make_runner(folder, loop, **kwargs):
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
         default_hooks=dict(
             checkpoint=dict(type='CheckpointHook', **kwargs.pop('saving')),
+            **kwargs.pop('hooks', {}),
         ),
         experiment_name=f'{folder}_{time.time_ns()}'.replace('/', '_'),
         cfg=Config(dict(model=dict(type='Sum'))),
@@ -264,6 +265,50 @@ def test_each_process_draws_other_numbers(monkeypatch):
         )
     assert drawn[4] == drawn[1]
     assert all(len({*numbers}) == 4 for numbers in zip(*drawn))
+
+
+class Constant(Images):
+    """Always the same image; only what is drawn at random differs."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(0)
+
+
+def test_sampler_without_epochs():
+    """Each epoch draws numbers of its own, whatever its order."""
+    loader = torch.utils.data.DataLoader(
+        Constant(), sampler=torch.utils.data.RandomSampler(range(6))
+    )
+    import_module('_resume').seed_images(loader, 3)
+    drawn = [batch['inputs'].item() for _ in range(3) for batch in loader]
+    assert len({*drawn}) == 18
+
+
+def test_sampler_that_is_told_no_epoch(tmp_path):
+    """The images of each epoch are changed in another way, also resumed."""
+    made = []
+    for name, load_from in [('whole', None), ('rest', 'whole/epoch_2.pth')]:
+        runner = make_runner(
+            tmp_path / name,
+            EPOCHS,
+            saving=dict(interval=2),
+            load_from=load_from and str(tmp_path / load_from),
+            resume=bool(load_from),
+            hooks=dict(sampler_seed=None),
+            randomness=dict(seed=3),
+        )
+        inputs = []
+        step = runner.model.train_step
+
+        def train_step(data, optim_wrapper, step=step, inputs=inputs):
+            inputs.extend(value.item() for value in data['inputs'])
+            return step(data, optim_wrapper)
+
+        runner.model.train_step = train_step
+        runner.train()
+        made.append(inputs)
+    assert len({*made[0]}) == len(made[0]) == 24
+    assert made[1] == made[0][12:]
 
 
 # Makes each checkpoint take a second, half of which it is half written.

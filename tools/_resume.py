@@ -60,6 +60,11 @@ class PlaceInTheRun(Hook):
             batches = trained_batches(checkpoint, len(loop.dataloader))
             leave_out(loop, batches)
 
+    def before_train_epoch(self, runner):
+        sampler = sampler_of(runner.train_dataloader)
+        if by_epoch(runner) and sampler is not None:
+            sampler.epoch_of_run = runner.epoch
+
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         # Zeros at the end change no seed: one process draws as ever.
         seed_all(runner.seed, runner.iter, get_rank())
@@ -128,7 +133,11 @@ def numbered(indices):
     """Let a sampler's ``__iter__`` give `Sample`."""
 
     def iterate(sampler):
-        epoch = getattr(sampler, 'epoch', 0)
+        # A sampler may not count epochs, or not be told of them.
+        epoch = sampler.epoch_of_run
+        if epoch is None:
+            epoch = getattr(sampler, 'epoch', sampler.times)
+        sampler.times += 1
         for position, index in enumerate(indices(sampler)):
             if isinstance(index, int):  # else a frame of a video
                 index = Sample(index)
@@ -138,15 +147,25 @@ def numbered(indices):
     return iterate
 
 
+def sampler_of(loader):
+    return getattr(loader.batch_sampler, 'sampler', None)
+
+
 def seed_images(loader, seed):
     """Let a loader seed before each image, in the process that loads it."""
-    sampler = getattr(loader.batch_sampler, 'sampler', None)
+    sampler = sampler_of(loader)
     if sampler is None:
         return
     # A subclass, since batch samplers may ask for the class.
     cls = type(sampler)
     sampler.__class__ = type(
-        cls.__name__, (cls,), dict(__iter__=numbered(cls.__iter__))
+        cls.__name__,
+        (cls,),
+        dict(
+            __iter__=numbered(cls.__iter__),
+            epoch_of_run=None,  # where PlaceInTheRun knows it
+            times=0,  # how often it was iterated
+        ),
     )
     # torch loads a batch by this method if a data set has it.
     loader.dataset.__getitems__ = partial(_load, loader.dataset, seed)

@@ -644,10 +644,18 @@ def test_label_map_of_another_size(data, tmp_path):
     )
 
 
-def test_label_map_that_is_too_large_for_pil(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 96 * 96 // 3)
-    dataset = load(tmp_path, maps(data), 'mmseg')
-    assert dataset[3]['data_samples'].gt_sem_seg.data.shape == (1, 96, 96)
+@pytest.mark.parametrize('why', ['large', 'float64'])
+def test_label_map_that_only_opencv_reads(data, tmp_path, monkeypatch, why):
+    if why == 'large':
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 96 * 96 // 3)
+        write_png(data / LABEL_MAP, (96, 96), 3)
+    else:
+        tiff = cv2.imencode('.tiff', np.full((96, 96), 3, np.float64))[1]
+        (data / LABEL_MAP).write_bytes(tiff.tobytes())
+    dataset = maps(data)
+    dataset['pipeline'][1]['imdecode_backend'] = 'cv2'
+    sample = load(tmp_path, dataset, 'mmseg')[3]['data_samples']
+    assert sample.gt_sem_seg.data.unique().tolist() == [3]
 
 
 def test_label_map_in_colours(data, tmp_path):

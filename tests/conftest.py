@@ -33,6 +33,7 @@ SLOW = {
     'test_docs.py',
     'test_export.py',
     'test_faults.py',
+    'test_flops.py',
     'test_fuzz.py',
     'test_gpu_suite.py',
     'test_hostile_files.py',

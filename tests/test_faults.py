@@ -27,6 +27,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from test_tools import (  # noqa: F401  (fixtures)
     SHAPES,
+    WRAPPED_FILE,
     environment,
     error,
     segmentor,
@@ -312,29 +313,15 @@ def test_sampler_that_is_told_no_epoch(tmp_path):
 
 
 # Makes each checkpoint take a second, half of which it is half written.
-SLOW_DISK = """
+SLOW_DISK = f"""
 import builtins
 import time
 
-from mmengine.evaluator import BaseMetric
-from mmengine.registry import METRICS
-
 really_open = builtins.open
 
+{WRAPPED_FILE}
 
-class Slow:
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        self.stream.close()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
+class Slow(File):
     def write(self, data):
         half = len(data) // 2
         for piece in (data[:half], data[half:]):

@@ -27,6 +27,23 @@ SHAPES = 'configs/shapes/faster-rcnn_r18_fpn-carafe_shapes.py'
 COCO = 'configs/faster_rcnn/faster-rcnn_r50_fpn-carafe_1x_coco.py'
 
 
+# For scripts that let builtins.open return a file that writes in another way.
+WRAPPED_FILE = """
+class File:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.stream.close()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+"""
+
+
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory):
     """A folder of very few, very small drawn images."""

@@ -19,6 +19,7 @@ from test_tools import (  # noqa: F401  (fixtures)
     COCO,
     ROOT,
     SHAPES,
+    WRAPPED_FILE,
     environment,
     error,
     execute,
@@ -42,7 +43,7 @@ def run(shapes, tmp_path_factory):
 
 
 # Writes half of a file and then waits to be killed.
-SLOW = """
+SLOW = f"""
 import builtins
 import os
 import signal
@@ -55,19 +56,9 @@ from mmengine.registry import HOOKS, METRICS
 really_open = builtins.open
 
 
-class Half:
-    def __init__(self, stream):
-        self.stream = stream
+{WRAPPED_FILE}
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        self.stream.close()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
+class Half(File):
     def write(self, data):
         self.stream.write(data[:len(data) // 2])
         self.stream.flush()

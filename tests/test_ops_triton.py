@@ -293,14 +293,24 @@ def outside(scores):
     return reference.exclude_outside(finite, 'renormalize').isinf()
 
 
-@on_each_device([()])
-@pytest.mark.parametrize('width', [9, 42, 84, 168])
+def shown_by_interpreter(width, config):
+    """Two widths are enough where nothing is loaded as vectors: one smaller
+    than most tiles, and the least level that takes more than one."""
+    return width in (9, min(w for w in (42, 84, 168) if w > config.block_w))
+
+
 @pytest.mark.parametrize(
-    ('name', 'kind', 'config'),
+    ('name', 'kind', 'config', 'width', 'device'),
     [
-        (*key, config)
+        pytest.param(*key, config, width, device, marks=marks)
         for key, configs in kernels._CANDIDATES.items()
         for config in configs
+        for width in (9, 42, 84, 168)
+        for device, marks in (
+            ('cuda', on_gpu),
+            ('interpreter', in_interpreter),
+        )
+        if device == 'cuda' or shown_by_interpreter(width, config)
     ],
     ids=str,
 )

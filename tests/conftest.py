@@ -5,8 +5,14 @@ import sys
 import warnings
 from pathlib import Path
 
-import pytest
-import torch
+# With several files at a time, each has its share of the cores, and so has
+# what its tests start: threads that wait for a core would wait busily.
+if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
+    share = max(1, os.cpu_count() // int(workers))
+    os.environ.setdefault('OMP_NUM_THREADS', str(share))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is built and installed, and how.

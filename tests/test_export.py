@@ -136,6 +136,7 @@ def head():
     cfg = Config.fromfile(ROOT / UPERNET)
     init_default_scope('mmseg')
     cfg.model.auxiliary_head = None
+    cfg.model.decode_head.pool_scales = (1, 3)
     for place in ('ppm', 'fpn', 'fuse'):
         cfg.model.decode_head[f'{place}_upsample_cfg'] = SMALL
     return MODELS.build(cfg.model), 3
@@ -143,9 +144,11 @@ def head():
 
 MODELS_OF = {
     'module': module,
-    'two_groups': lambda: module(up_group=2, normalizer='sigmoid_normalized'),
+    'two_groups': lambda: module(
+        up_kernel=3, up_group=2, normalizer='sigmoid_normalized'
+    ),
     'renormalized': lambda: module(
-        up_group=2, border='renormalize', init='bilinear'
+        up_kernel=3, up_group=2, border='renormalize', init='bilinear'
     ),
     'renormalized_sigmoids': lambda: module(
         scale_factor=3,

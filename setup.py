@@ -4,6 +4,7 @@ MMCARAFE_WITH_OPS=1 demands it, and MMCARAFE_WITH_OPS=0 leaves it out, which
 makes a wheel for every platform.
 """
 
+import copy
 import os
 import platform
 
@@ -34,6 +35,13 @@ if platform.machine() in ('x86_64', 'AMD64'):
 class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split('.')) + '.so'
+
+    def build_extension(self, ext):
+        # They are of one source and compiled at the same time: in one folder,
+        # one would be linked from another's object.
+        own = copy.copy(self)
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        super(BuildLibraries, own).build_extension(ext)
 
 
 class BuildWheel(bdist_wheel):

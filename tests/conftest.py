@@ -52,9 +52,11 @@ SLOW = {
     'test_packaging.py',
     'test_published.py',
     'test_segmentation.py',
+    'test_slots.py',
     'test_tools.py',
     'test_tools_checkpoints.py',
     'test_tools_data.py',
+    'test_torch_alone.py',
     'test_visualization.py',
     'test_watch_build.py',
 }

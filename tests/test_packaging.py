@@ -125,11 +125,15 @@ def libraries(wheel):
         return {name for name in archive.namelist() if name.endswith('.so')}
 
 
+def library_names():
+    x86 = platform.machine() == 'x86_64'
+    widths = ('default', 'avx2', 'avx512') if x86 else ('default',)
+    return {f'mmcarafe/ops/_cpu_{width}.so' for width in widths}
+
+
 def test_there_is_one_wheel_for_every_python(dist, wheel, pure_wheel):
     machine = platform.machine()
-    widths = ('default', 'avx2', 'avx512') if machine == 'x86_64' else ()
-    assert libraries(wheel) >= {f'mmcarafe/ops/_cpu_{w}.so' for w in widths}
-    assert len(libraries(wheel)) == len(widths or ('default',))
+    assert libraries(wheel) == library_names()
     assert not libraries(pure_wheel)
     tags = set()
     for path in (wheel, pure_wheel):
@@ -173,6 +177,21 @@ def build_ext(folder, **environ):
         capture_output=True,
         text=True,
     )
+
+
+def test_each_library_has_an_object_of_its_own(tmp_path):
+    """They are compiled at the same time; mixed up, the library for every
+    processor would hold instructions that most do not have."""
+    log = tmp_path / 'log'
+    compiler = tmp_path / 'compiler'
+    compiler.write_text(f'#!/bin/sh\necho "$@" >>{log}\n')
+    compiler.chmod(0o755)
+    done = build_ext(tmp_path, CC=str(compiler), CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    objects = re.findall(r' -c \S+ -o (\S+)', log.read_text())
+    linked = re.findall(r'(\S+\.o) .*-o \S+\.so', log.read_text())
+    assert len(set(objects)) == len(objects) == len(library_names())
+    assert sorted(linked) == sorted(objects)
 
 
 @pytest.mark.parametrize('demanded', [True, False])

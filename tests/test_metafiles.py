@@ -40,6 +40,19 @@ def test_metafile_fits_its_configs(path):
             assert model['Metadata']['Conditions']
 
 
+def test_every_config_has_an_entry():
+    """Else mim would not find it."""
+    entries = sorted(
+        model['Config']
+        for path in METAFILES
+        for model in load(ROOT / path)['Models']
+    )
+    assert entries == sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.glob('configs/*/*.py')
+    )
+
+
 def test_every_config_has_a_row():
     """tests/test_docs.py compares the table with what the tool prints."""
     configs = len(list(ROOT.glob('configs/*/*.py')))

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -273,9 +275,12 @@ def test_two_processes(shapes, tmp_path):
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return listener.getsockname()[1]
+    """Below those that Linux gives to connections before this one is used."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(('127.0.0.1', port))
+            return port
 
 
 def test_killed_run_on_coco_is_resumed(real_data, tmp_path):

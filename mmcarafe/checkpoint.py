@@ -6,13 +6,15 @@ A checkpoint is a pickle, and a pickle may call any function. After
 ``torch.load(weights_only=True)``, with any torch. Besides torch's own list of
 harmless names, only what mmengine's runner writes passes: its histories of
 losses, and numpy's numbers and numeric arrays. All else is refused. So is a
-config in a checkpoint, which is text, but Python's: mmengine would run it.
+file whose bytes are not those that were saved, and so is a config in a
+checkpoint, which is text, but Python's: mmengine would run it.
 """
 
 import functools
 import os
 import pickle
 import re
+import zipfile
 from _codecs import encode
 from collections import Counter, OrderedDict
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.utils import digit_version
 from torch import _weights_only_unpickler as torch_unpickler
+from torch import serialization
 
 
 def _getattr(owner, name):
@@ -34,8 +37,58 @@ def _getattr(owner, name):
     raise pickle.UnpicklingError('Unsupported class builtins.getattr')
 
 
-_reconstruct = np.zeros(1).__reduce__()[0]
-_scalar = np.float64().__reduce__()[0]
+class _Dtype:
+    """Stands in for numpy.dtype: no more than a type of numbers.
+
+    numpy's own would take a size, or fields, from a file, and read memory
+    that is not the array's.
+    """
+
+    def __init__(self, code, align=False, copy=False):
+        self.dtype = np.dtype(str(code))
+        if self.dtype.kind not in 'biuf':
+            raise pickle.UnpicklingError(f'an array of {self.dtype}')
+
+    def __setstate__(self, state):
+        _, order, *rest = state
+        if order not in ('<', '>', '|') or rest != [None] * 3 + [-1, -1, 0]:
+            raise pickle.UnpicklingError(f'an array of {self.dtype} {state}')
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array(np.ndarray):
+    """Stands in for numpy.ndarray, which would take any bytes for objects."""
+
+    def __new__(cls):
+        return np.empty(0, np.int8).view(cls)
+
+    def __setstate__(self, state):
+        _, shape, kind, in_fortran_order, data = state
+        # This checks sizes and types, which numpy's __setstate__ may not.
+        array = _from_bytes(kind, data).reshape(shape)
+        super().__setstate__(
+            (1, array.shape, array.dtype, bool(in_fortran_order), data)
+        )
+
+    def __reduce__(self):  # saved again as numpy's own
+        return self.view(np.ndarray).__reduce__()
+
+
+def _from_bytes(kind, data):
+    if type(kind) is not _Dtype or type(data) is not bytes:
+        raise pickle.UnpicklingError(f'an array of {type(kind).__name__}')
+    return np.frombuffer(data, kind.dtype)
+
+
+def _reconstruct(kind, shape, code):
+    return _Array()  # its state comes next
+
+
+def _scalar(kind, data):
+    (value,) = _from_bytes(kind, data)
+    return value
+
+
 ALLOWED = {
     'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
     'builtins.getattr': _getattr,
@@ -43,18 +96,13 @@ ALLOWED = {
     # the bytes of an array, and of an empty one
     '_codecs.encode': encode,
     'builtins.bytes': bytes,
-    'numpy.dtype': np.dtype,
-    'numpy.ndarray': np.ndarray,
+    'numpy.dtype': _Dtype,
+    'numpy.ndarray': _Array,
     # numpy 2 moved these two; files have the old or the new names
     'numpy.core.multiarray._reconstruct': _reconstruct,
     'numpy._core.multiarray._reconstruct': _reconstruct,
     'numpy.core.multiarray.scalar': _scalar,
     'numpy._core.multiarray.scalar': _scalar,
-}
-# No file names a dtype's class, but unpickling sets the state of a dtype.
-DTYPES = {
-    f'numpy.dtypes.{code}': type(np.dtype(code))
-    for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'
 }
 
 
@@ -72,8 +120,8 @@ class OldTorchUnpickler(pickle._Unpickler):
         torch.nn.Parameter,
         OrderedDict,
         HistoryBuffer,
-        np.ndarray,
-        *DTYPES.values(),
+        _Array,
+        _Dtype,
     }
 
     def find_class(self, module, name):
@@ -109,7 +157,8 @@ def _weights_only():
     statistics = HistoryBuffer._statistics_methods
     own = dict(statistics)  # which unpickling a history would replace
     try:
-        yield
+        with _allowed():
+            yield
     finally:
         statistics.clear()
         statistics.update(own)
@@ -117,12 +166,47 @@ def _weights_only():
         os.environ.update({k: v for k, v in before.items() if v is not None})
 
 
+@contextmanager
+def _allowed():
+    """Let torch's weights-only unpickler find what ALLOWED holds."""
+    if not _FROM_2_6:
+        torch_unpickler.Unpickler = OldTorchUnpickler
+        try:
+            yield
+        finally:
+            torch_unpickler.Unpickler = _own_unpickler
+        return
+    before = serialization.get_safe_globals()
+    # Others may have allowed numpy's own array, which is not safe.
+    others = [
+        each
+        for each in before
+        if (each[1] if isinstance(each, tuple) else _path(each)) not in ALLOWED
+    ]
+    serialization.clear_safe_globals()
+    serialization.add_safe_globals(
+        others + [(value, path) for path, value in ALLOWED.items()]
+    )
+    try:
+        yield
+    finally:
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals(before)
+
+
+def _path(thing):
+    return f'{thing.__module__}.{thing.__qualname__}'
+
+
+_FROM_2_6 = digit_version(torch.__version__) >= digit_version('2.6')
+_own_unpickler = torch_unpickler.Unpickler
 _load_checkpoint = CheckpointLoader.load_checkpoint
 
 
 @functools.wraps(_load_checkpoint)
 def load_checkpoint(filename, *args, **kwargs):
     try:
+        _check_sums(filename)
         with _weights_only():
             checkpoint = _load_checkpoint(filename, *args, **kwargs)
     except FileNotFoundError:
@@ -151,6 +235,17 @@ def init_model(self, cfg, weights, *args, **kwargs):
     return _init_model(self, cfg, weights, *args, **kwargs)
 
 
+def _check_sums(path):
+    """Refuse a file with a flipped bit, which torch does not look for."""
+    path = os.path.expanduser(path)  # as mmengine does
+    if not os.path.isfile(path) or not zipfile.is_zipfile(path):
+        return  # elsewhere, or in the older format, which has no sums
+    with zipfile.ZipFile(path) as file:
+        record = file.testzip()
+    if record:
+        raise ValueError(f'{record} does not have the CRC that was saved')
+
+
 def _reason(error):
     """One line instead of torch's advice to load the file anyway."""
     refused = re.search(r'(?:GLOBAL|Unsupported class) ([\w.]+)', str(error))
@@ -161,8 +256,6 @@ def _reason(error):
     return f'is it damaged, or not a checkpoint? ({text.strip()})'
 
 
-_FROM_2_6 = digit_version(torch.__version__) >= digit_version('2.6')
-_own_unpickler = torch_unpickler.Unpickler
 # onedl-mmengine has its own list, which allows getattr of anything.
 _own_safe_globals = getattr(
     mmengine_checkpoint, 'get_torch_safe_globals', None
@@ -173,23 +266,13 @@ def enable() -> None:
     """Load as data only, from now on; ``mmcarafe.models`` calls this."""
     CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
     BaseInferencer._init_model = init_model
-    if _FROM_2_6:
-        torch.serialization.add_safe_globals(
-            [(value, path) for path, value in {**ALLOWED, **DTYPES}.items()]
-        )
-    else:
-        torch_unpickler.Unpickler = OldTorchUnpickler
     if _own_safe_globals:
         mmengine_checkpoint.get_torch_safe_globals = list
 
 
 def disable() -> None:
-    """Let mmengine load checkpoints in its own way again.
-
-    torch itself still takes the names above for harmless.
-    """
+    """Let mmengine load checkpoints in its own way again."""
     CheckpointLoader.load_checkpoint = staticmethod(_load_checkpoint)
     BaseInferencer._init_model = _init_model
-    torch_unpickler.Unpickler = _own_unpickler
     if _own_safe_globals:
         mmengine_checkpoint.get_torch_safe_globals = _own_safe_globals

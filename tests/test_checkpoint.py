@@ -12,7 +12,6 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import Runner, load_checkpoint
-from torch import _weights_only_unpickler as torch_unpickler
 
 from mmcarafe import checkpoint
 
@@ -55,9 +54,7 @@ def unpickler(request, monkeypatch):
     """Both ways of allowing our names, whichever torch is installed."""
     checkpoint.enable()
     if request.param == 'torch < 2.6':
-        monkeypatch.setattr(
-            torch_unpickler, 'Unpickler', checkpoint.OldTorchUnpickler
-        )
+        monkeypatch.setattr(checkpoint, '_FROM_2_6', False)
 
 
 @pytest.fixture
@@ -109,7 +106,8 @@ def test_resume_restores_what_the_runner_saved(tmp_path):
 def test_values_of_a_runner_survive(path, value):
     torch.save({'state_dict': {}, 'meta': value}, path)
     loaded = load(path)['meta']
-    assert type(loaded) is type(value)
+    assert isinstance(loaded, type(value))
+    assert type(pickle.loads(pickle.dumps(loaded))) is type(value)
     if isinstance(value, HistoryBuffer):
         loaded, value = loaded.data, value.data
     np.testing.assert_equal(loaded, value)
@@ -122,6 +120,11 @@ def test_files_of_both_numpys_load(path, module):
     write(path, re.sub(rb'numpy\._?core', module, data))
     array, scalar = load(path)['meta']
     assert (array.tolist(), scalar) == ([0, 1, 2], 2)
+
+
+def test_arrays_of_the_other_byte_order(path):
+    torch.save({'state_dict': {}, 'meta': np.arange(3, dtype='>f8')}, path)
+    assert load(path)['meta'].tolist() == [0, 1, 2]
 
 
 class Call:
@@ -206,6 +209,75 @@ def test_state_of_a_class_is_refused(path, monkeypatch):
     assert Counter.most_common is method
 
 
+class WithState(Call):
+    """Pickles as a call whose result then takes a state."""
+
+    def __init__(self, function, args, state):
+        self.call = function, args, state
+
+
+def dtype_of(*state):
+    """A dtype as numpy pickles it, but of any size or fields."""
+    return WithState(np.dtype, ('f8', False, True), state)
+
+
+def array_of(shape, dtype, data):
+    """An array as numpy pickles it, but of any bytes."""
+    reconstruct, args, _ = np.zeros(1).__reduce__()
+    return WithState(reconstruct, args, (1, shape, dtype, False, data))
+
+
+F8 = np.dtype('f8')
+POINTER = b'A' * 8
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        Call(np.ndarray, (1,), 'O', POINTER),
+        # which would call what the bytes point to
+        Call(Counter, Call(np.ndarray, (1,), 'O', POINTER)),
+        Call(np.dtype, 'O'),
+        Call(np.dtype, [('a', 'O')]),
+        Call(np.dtype, 'V8'),
+        dtype_of(3, '|', None, ('a',), {'a': (F8, 0)}, 8, 1, 0),
+        dtype_of(3, '<', None, None, None, 1, 1, 0),
+        dtype_of(3, '<', None, None, None, -1, -1, 63),
+        dtype_of(3, '?', None, None, None, -1, -1, 0),
+        array_of((1,), Call(np.dtype, 'O'), POINTER),
+        array_of((2,), F8, POINTER),
+        array_of((-1, -8), F8, POINTER),
+        array_of((1,), F8, [1.0]),
+        array_of((1,), 'f8', POINTER),
+        Call(np.float64().__reduce__()[0], F8, b'A'),
+        Call(np.float64().__reduce__()[0], F8, POINTER * 2),
+    ],
+    ids=range(16),
+)
+def test_arrays_of_anything_but_numbers_are_refused(path, value):
+    torch.save({'state_dict': {}, 'meta': value}, path)
+    with pytest.raises(RuntimeError, match='is it damaged, or not a check'):
+        load(path)
+
+
+def test_what_others_allow_stays(path, monkeypatch):
+    """Except numpy's own arrays, which would be used in place of ours."""
+    if not checkpoint._FROM_2_6:
+        pytest.skip('torch < 2.6 has no list of harmless names')
+    torch.save({'a': Call(np.ndarray, (1,), 'O', POINTER)}, path)
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([np.ndarray, Model])
+    try:
+        with pytest.raises(RuntimeError, match='is it damaged'):
+            load(path)
+        torch.save({'state_dict': {}, 'a': Call(Model)}, path)
+        assert type(load(path)['a']) is Model
+        assert {np.ndarray, Model} <= {*torch.serialization.get_safe_globals()}
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 @pytest.mark.parametrize(
     'damage',
     [
@@ -231,6 +303,17 @@ def test_damaged_files(path, damage, zipped):
         load(path)
     assert 'is it damaged, or not a checkpoint?' in str(error.value)
     assert '\n' not in str(error.value)
+
+
+def test_a_flipped_bit(path):
+    torch.save({'a': torch.arange(9.0)}, path)
+    with open(path, 'rb') as file:
+        data = bytearray(file.read())
+    data[data.index(np.arange(9, dtype='f4').tobytes()) + 7] ^= 1
+    write(path, data)
+    assert torch.load(path)['a'].tolist() != [*range(9)]
+    with pytest.raises(RuntimeError, match='damaged.*/data/0 does not have'):
+        load(path)
 
 
 def test_missing_file(path):

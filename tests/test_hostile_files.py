@@ -6,6 +6,7 @@ mmseg say, never in a number that is silently wrong. More cases are in
 test_checkpoint.py, test_tools_checkpoints.py and test_tools_data.py.
 """
 
+import copy
 import io
 import json
 import os
@@ -430,26 +431,74 @@ def saved():
 
 
 CONV = 'neck.lateral_convs.0.conv.weight'
-NOT_RESUMED = '{file} holds a '
+STEM = 'backbone.conv1.weight'
+VARIANCE = 'backbone.bn1.running_var'
+NANS = torch.full((32,), torch.nan)
+HOLDS = '{file} holds '
+NO_STEP = (
+    '--resume: {file} holds a state of the optimizer with which it makes no '
+    r'step \('
+)
+
+
+def informed(**runtime_info):
+    return dict(
+        message_hub=dict(
+            log_scalars={}, resumed_keys={}, runtime_info=runtime_info
+        )
+    )
+
+
+def weights(changed):
+    return lambda content: content['state_dict'].update(changed)
+
+
+def momentum(content, value):
+    content['optimizer']['state'] = {
+        0: dict(
+            step=torch.tensor(1.0),
+            exp_avg=value,
+            exp_avg_sq=value,
+            momentum_buffer=value,
+        )
+    }
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(meta=[1]), NOT_RESUMED + 'list as its meta, expected dict'),
-        (dict(meta={}), NOT_RESUMED + 'NoneType as its meta.epoch'),
-        (dict(meta=dict(epoch='1', iter=4)), NOT_RESUMED + 'str as its meta'),
-        (dict(meta=dict(epoch=1)), NOT_RESUMED + 'NoneType as its meta.iter'),
+        (dict(meta=[1]), HOLDS + 'a list as its meta, expected a dict'),
+        (dict(meta={}), HOLDS + 'a NoneType as its meta.epoch'),
+        (dict(meta=dict(epoch='1', iter=4)), HOLDS + 'a str as its meta.epo'),
+        (dict(meta=dict(epoch=1)), HOLDS + 'a NoneType as its meta.iter'),
+        (dict(meta=dict(epoch=-5, iter=4)), HOLDS + '-5 as its meta.epoch, '),
+        (dict(meta=dict(epoch=True, iter=4)), HOLDS + 'True as its meta.epo'),
+        (
+            dict(meta=dict(epoch=1, iter=4, seed='x')),
+            HOLDS + 'a str as its meta.seed, expected a whole number',
+        ),
         (
             dict(meta=dict(epoch=1, iter=4, time=5)),
-            NOT_RESUMED + 'int as its meta.time, expected str',
+            HOLDS + '5 as its meta.time, expected text',
         ),
-        (dict(message_hub=3), NOT_RESUMED + 'int as its message_hub'),
+        (dict(message_hub=3), HOLDS + '3 as its message_hub'),
         (
             dict(message_hub=dict(log_scalars={}, runtime_info={})),
-            NOT_RESUMED + 'NoneType as its message_hub.resumed_keys',
+            HOLDS + 'a NoneType as its message_hub.resumed_keys',
         ),
-        (dict(optimizer=[1]), NOT_RESUMED + 'list as its optimizer'),
+        (
+            informed(best_score='x'),
+            HOLDS + 'a str as its message_hub.runtime_info.best_score, exp',
+        ),
+        (
+            informed(best_score=float('nan')),
+            HOLDS + 'nan as its message_hub.runtime_info.best_score, exp',
+        ),
+        (
+            informed(keep_ckpt_ids=3),
+            HOLDS + '3 as its message_hub.runtime_info.keep_ckpt_ids, exp',
+        ),
+        (dict(optimizer=[1]), HOLDS + 'a list as its optimizer'),
         (
             dict(optimizer=dict(param_groups=[1])),
             '--resume: {file} holds no state of an optimizer',
@@ -459,25 +508,63 @@ NOT_RESUMED = '{file} holds a '
             '--resume: {file} is from a run with another optim_wrapper',
         ),
         (
-            dict(param_schedulers='x'),
-            NOT_RESUMED + 'str as its param_schedulers, expected list or dict',
+            lambda s: s['optimizer']['param_groups'][0].update(lr='x'),
+            NO_STEP + r'\w+Error: ',
         ),
-        (dict(state_dict=7), '{file} holds a int as its state_dict'),
         (
-            lambda s: s['state_dict'].update({CONV: 'x'}),
+            lambda s: momentum(s, torch.zeros(1, 2, 3)),
+            NO_STEP + 'RuntimeError: .* size',
+        ),
+        (
+            lambda s: momentum(s, s['state_dict'][STEM] * torch.nan),
+            NO_STEP + 'the weights become NaN',
+        ),
+        (
+            dict(param_schedulers='x'),
+            HOLDS + 'a str as its param_schedulers, expected a list of their',
+        ),
+        (
+            dict(param_schedulers=[dict(last_step='x')]),
+            HOLDS + 'a list as its param_schedulers, expected a list of their',
+        ),
+        (dict(ema_state_dict=[1]), HOLDS + 'a list as its ema_state_dict'),
+        (
+            dict(ema_state_dict={f'module.{CONV}': torch.zeros(1)}),
+            '--resume: {file} does not fit this config: ',
+        ),
+        (
+            dict(ema_state_dict={f'module.{VARIANCE}': NANS}),
+            HOLDS + 'NaN or infinite values in ' + VARIANCE,
+        ),
+        (dict(state_dict=7), HOLDS + 'a int as its state_dict'),
+        (
+            lambda s: setattr(s['state_dict'], '_metadata', 5),
+            HOLDS + 'no dict as the _metadata of its state_dict',
+        ),
+        (weights({1: NANS}), HOLDS + 'the name 1 in its state_dict'),
+        (
+            weights({CONV: 'x'}),
             '--resume: {file} does not fit this config: .* ' + CONV,
         ),
+        (weights({VARIANCE: NANS}), HOLDS + 'NaN or inf.* in ' + VARIANCE),
+        (weights({VARIANCE: torch.ones(32) / 0}), HOLDS + 'NaN or inf'),
         (
-            lambda s: s['state_dict'].update(
-                {CONV: torch.full_like(s['state_dict'][CONV], torch.nan)}
-            ),
-            '{file} holds NaN in ' + CONV,
+            weights({VARIANCE: torch.ones(32).double() * 1e300}),
+            HOLDS + 'NaN or inf',
+        ),
+        (
+            weights({VARIANCE: torch.ones(32) * 1j}),
+            HOLDS + VARIANCE + r' \(torch.complex64\), expected floating',
+        ),
+        (
+            weights({VARIANCE: torch.ones(32) > 0}),
+            HOLDS + VARIANCE + r' \(torch.bool\), expected floating point',
         ),
     ],
     ids=lambda value: value[-30:] if isinstance(value, str) else '',
 )
 def test_nothing_is_resumed_from_nonsense(world, saved, change, message):
-    content = {**saved, 'state_dict': OrderedDict(saved['state_dict'])}
+    content = copy.deepcopy(saved)
     content.update(change) if isinstance(change, dict) else change(content)
     torch.save(content, world.file)
     printed = world.train(resume=['--resume', world.file])
@@ -485,11 +572,12 @@ def test_nothing_is_resumed_from_nonsense(world, saved, change, message):
 
 
 def test_nan_is_not_tested(world, saved):
-    weights = OrderedDict(saved['state_dict'])
-    weights[CONV] = torch.full_like(weights[CONV], torch.nan)
-    torch.save(weights, world.file)
+    state = {**saved['state_dict'], VARIANCE: NANS}
+    torch.save(state, world.file)
     message = WAYS_IN['test'](world)
-    assert message == f'{world.file} holds NaN in {CONV}'
+    assert message == (
+        f'{world.file} holds NaN or infinite values in {VARIANCE}'
+    )
 
 
 # The data: what is read, how it is damaged, what is said

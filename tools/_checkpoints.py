@@ -4,6 +4,7 @@ Importing this makes mmengine save by `WholeFiles` and `SafeCheckpointHook`.
 """
 
 import errno
+import math
 import os
 import os.path as osp
 import re
@@ -12,7 +13,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from glob import escape, glob
 from importlib.util import find_spec
+from numbers import Real
 
+import torch
 from _cli import fail, is_first, say, some, walk
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
@@ -211,20 +214,39 @@ class Fit:
         state = checkpoint.get('state_dict', checkpoint)
         if not isinstance(state, dict):
             fail(f'{path} holds a {type(state).__name__} as its state_dict')
+        for name in state:
+            if not isinstance(name, str):
+                fail(f'{path} holds the name {name!r} in its state_dict')
         weights = OrderedDict(
-            (re.sub(r'^module\.', '', str(name)), value)  # as mmengine does
+            (re.sub(r'^module\.', '', name), value)  # as mmengine does
             for name, value in state.items()
         )
         weights._metadata = getattr(state, '_metadata', OrderedDict())
+        if not isinstance(weights._metadata, dict):
+            fail(f'{path} holds no dict as the _metadata of its state_dict')
+        own = {
+            name: value.clone() for name, value in model.state_dict().items()
+        }
+        other = [
+            f'{name} ({value.dtype})'
+            for name, value in weights.items()
+            if name in own
+            and isinstance(value, torch.Tensor)
+            and own[name].is_floating_point()
+            and not value.is_floating_point()
+        ]
+        if other:
+            fail(f'{path} holds {some(other)}, expected floating point')
         reshaped = {}
         try:
             missing, unexpected = model.load_state_dict(weights, strict=False)
         except RuntimeError:  # of another shape; all other names were loaded
-            for name, own in model.state_dict().items():
-                value = weights.get(name, own)
+            for name, value in own.items():
+                expected = list(value.shape)
+                value = weights.get(name, value)
                 shape = list(getattr(value, 'shape', [type(value).__name__]))
-                if shape != list(own.shape):
-                    reshaped[name] = f'{name} {shape}, not {list(own.shape)}'
+                if shape != expected:
+                    reshaped[name] = f'{name} {shape}, not {expected}'
                     del weights[name]
             try:
                 missing, unexpected = model.load_state_dict(
@@ -242,15 +264,15 @@ class Fit:
                 and not name.endswith('num_batches_tracked')
             ]
 
-        nan = [
+        # A model may have infinities of its own, such as a mask.
+        wrong = [
             name
             for name, value in model.state_dict().items()
             if name in weights
-            and value.is_floating_point()
-            and value.isnan().any()
+            and (own[name].isfinite() > value.isfinite()).any()
         ]
-        if nan:
-            fail(f'{path} holds NaN in {some(nan)}')
+        if wrong:
+            fail(f'{path} holds NaN or infinite values in {some(wrong)}')
         self.missing = counted(n for n in missing if n not in reshaped)
         self.unexpected = counted(unexpected)
         self.reshaped = [reshaped[name] for name in counted(reshaped)]
@@ -408,40 +430,74 @@ def _check_state(path, checkpoint):
             f'{path} holds only weights: no run can be resumed from it, but '
             f'one can start with --cfg-options load_from={path}'
         )
-    for key, kinds in STATE.items():
+    for key, (expected, fits) in STATE.items():
         value = checkpoint
         for name in key.split('.'):
             value = value.get(name)
         if value is None and key in OPTIONAL:
             continue
-        if not isinstance(value, kinds):
-            what = ' or '.join(kind.__name__ for kind in kinds)
-            fail(
-                f'{path} holds a {type(value).__name__} as its {key}, '
-                f'expected {what}'
-            )
+        if not fits(value):
+            is_number = isinstance(value, (int, float))
+            text = value if is_number else f'a {type(value).__name__}'
+            fail(f'{path} holds {text} as its {key}, expected {expected}')
 
 
+def _is_count(value):
+    return type(value) is int and value >= 0  # True is an int
+
+
+def _are_counts(value):
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _is_finite(value):
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _are_schedulers(value):
+    if isinstance(value, dict):  # of several optimizers
+        return all(map(_are_schedulers, value.values()))
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and _is_count(each.get('last_step'))
+        for each in value
+    )
+
+
+_DICT = 'a dict', lambda value: isinstance(value, dict)
+_TEXT = 'text', lambda value: isinstance(value, str)
+_COUNT = 'a whole number, not negative', _is_count
+_NUMBER = 'a finite number', _is_finite
 # Each key of a checkpoint comes after that which holds it.
 STATE = {
-    'meta': (dict,),
-    'meta.epoch': (int,),
-    'meta.iter': (int,),
-    'meta.time': (str,),
-    'meta.share_of_epoch': (int, float),
-    'message_hub': (dict,),
-    'message_hub.log_scalars': (dict,),
-    'message_hub.runtime_info': (dict,),
-    'message_hub.resumed_keys': (dict,),
-    'optimizer': (dict,),
-    'param_schedulers': (list, dict),
+    'meta': _DICT,
+    'meta.epoch': _COUNT,
+    'meta.iter': _COUNT,
+    'meta.seed': _COUNT,
+    'meta.time': _TEXT,
+    'meta.share_of_epoch': ('a number', lambda x: isinstance(x, Real)),
+    'message_hub': _DICT,
+    'message_hub.log_scalars': _DICT,
+    'message_hub.runtime_info': _DICT,
+    'message_hub.runtime_info.best_score': _NUMBER,
+    'message_hub.runtime_info.keep_ckpt_ids': (
+        'a list of whole numbers',
+        _are_counts,
+    ),
+    'message_hub.resumed_keys': _DICT,
+    'optimizer': _DICT,
+    'param_schedulers': ('a list of their states', _are_schedulers),
+    'ema_state_dict': _DICT,
 }
-# A run may be told not to save the first two; mmengine knows no share.
+# A run may be told not to save some of these; mmengine knows no share.
 OPTIONAL = (
-    'optimizer',
-    'param_schedulers',
+    'meta.seed',
     'meta.time',
     'meta.share_of_epoch',
+    'message_hub.runtime_info.best_score',
+    'message_hub.runtime_info.keep_ckpt_ids',
+    'optimizer',
+    'param_schedulers',
+    'ema_state_dict',
 )
 
 
@@ -449,14 +505,21 @@ def check_resumed(path, checkpoint, model, optim_wrapper):
     """Refuse to resume what a different run saved."""
     instead = f'begin with its weights: --cfg-options load_from={path}'
     _check_state(path, checkpoint)
-    fit = Fit(model, path, checkpoint)
+    averages = {
+        name: value
+        for name, value in (checkpoint.get('ema_state_dict') or {}).items()
+        if str(name).startswith('module.')
+    }
+    fit = Fit(model, path, averages) if averages else True
+    fit = fit and Fit(model, path, checkpoint)
     if not fit:
         fail(
             f'--resume: {path} does not fit this config: {fit}; resume with '
             f'the config of its run, or {instead}'
         )
+    saved = checkpoint.get('optimizer')
     try:
-        difference = _difference(checkpoint.get('optimizer'), optim_wrapper)
+        difference = _difference(saved, optim_wrapper)
     except (AttributeError, IndexError, KeyError, TypeError):
         fail(
             f'--resume: {path} holds no state of an optimizer as its optimizer'
@@ -466,6 +529,37 @@ def check_resumed(path, checkpoint, model, optim_wrapper):
             f'--resume: {path} is from a run with another optim_wrapper: '
             f'{difference}; resume with the config of its run, or {instead}'
         )
+    wrong = saved and _try_step(saved, optim_wrapper)
+    if wrong:
+        fail(
+            f'--resume: {path} holds a state of the optimizer with which it '
+            f'makes no step ({wrong}); {instead}'
+        )
+
+
+def _try_step(saved, optim_wrapper):
+    """Why an optimizer makes no step from a saved state; None if it does.
+
+    It changes the parameters.
+    """
+    if not isinstance(optim_wrapper, OptimWrapper):
+        return None
+    optimizer = optim_wrapper.optimizer
+    parameters = [p for g in optimizer.param_groups for p in g['params']]
+    for each in parameters:
+        each.grad = torch.zeros_like(each)
+    try:
+        optimizer.step()
+    except Exception:
+        return None  # one that cannot be tried here, such as for GPUs alone
+    try:
+        optim_wrapper.load_state_dict(dict(saved))
+        optimizer.step()
+    except Exception as error:
+        return f'{type(error).__name__}: {" ".join(str(error).split())}'
+    if not all(each.isfinite().all() for each in parameters):
+        return 'the weights become NaN or infinite'
+    return None
 
 
 def _difference(saved, optim_wrapper):

@@ -705,8 +705,24 @@ def cut(name, share):
     return damage
 
 
+def flip(name, at):
+    """Flip a bit."""
+
+    def damage(root):
+        content = bytearray((root / name).read_bytes())
+        content[at] ^= 1
+        (root / name).write_bytes(content)
+
+    return damage
+
+
 def encoded(suffix, shape, dtype=np.uint8, value=0):
     return cv2.imencode(suffix, np.full(shape, value, dtype))[1].tobytes()
+
+
+def cut_end(root):
+    """A label map that ends where its last part would begin."""
+    (root / LABEL_MAP).write_bytes((root / LABEL_MAP).read_bytes()[:-12])
 
 
 def folder(name):
@@ -792,12 +808,20 @@ NO_IMAGE = 'error: train_dataloader.dataset holds no image: '
 RLE = dict(size=[96, 96])
 NAN, INF = float('nan'), float('inf')
 
+PNG = write(IMAGE, encoded('.png', (96, 96, 3)))
+
 # Images
 IMAGES = [
     (detect, cut(IMAGE, 0.5), UNREADABLE),
     (detect, cut(IMAGE, 0.99), UNREADABLE),
     (segment, cut(IMAGE, 0.99), UNREADABLE),
     (segment, write(IMAGE, encoded('.png', (96, 96))[:-40]), UNREADABLE),
+    (
+        segment,
+        lambda root: [damage(root) for damage in (PNG, flip(IMAGE, -14))],
+        UNREADABLE,
+    ),
+    (segment, PNG, NOTHING),
     (detect, folder(IMAGE), UNREADABLE + 'IsADirectoryError'),
     (detect, write(IMAGE, claim(10**5, 10**5)), UNREADABLE),
     (detect, image((1, 1, 3)), SIZE + ' has 1 x 1'),
@@ -838,6 +862,12 @@ IMAGES = [
 MAPS = [
     (segment, cut(LABEL_MAP, 0.5), UNREADABLE_MAP),
     (segment, cut(LABEL_MAP, 0), UNREADABLE_MAP),
+    (
+        segment,  # of the sum of the labels, which Pillow does not read
+        flip(LABEL_MAP, -14),
+        UNREADABLE_MAP + "ValueError: the part b'IDAT' does not have its CRC",
+    ),
+    (segment, cut_end, UNREADABLE_MAP + "ValueError: the part b'' does not"),
     (segment, folder(LABEL_MAP), UNREADABLE_MAP),
     (
         segment,
@@ -919,6 +949,19 @@ BOXES = [
     ),
     (
         detect,
+        change(put('annotations', 3, image_id=NAN)),
+        IN_JSON + r': annotations\[3\] has the image_id nan, expected a numb',
+    ),
+    *(
+        (
+            detect,
+            change(put('annotations', 3, **{name: '0'})),
+            IN_JSON + rf": annotations\[3\] has the {name} '0', expected 0 or",
+        )
+        for name in ('iscrowd', 'ignore')
+    ),
+    (
+        detect,
         change(put('images', 3, file_name=3)),
         IN_JSON + r': images\[3\] has the file_name 3, expected text',
     ),
@@ -992,6 +1035,12 @@ MASKS = [
     (masks, mask([[1, 2, 1e12, 5, 6, 7]]), POLYGON + r'\[1, 2, 1000000000000'),
     (
         masks,
+        mask([[-1e6, -1e6, 1e6, 1e6] * 3]),
+        IN_JSON + ': annotation 4 has a polygon whose outline is longer than',
+    ),
+    (masks, mask([[0, 0, 1e6, 0, 1e6, 2e5, 0, 2e5]]), NOTHING),
+    (
+        masks,
         mask(dict(size=[10, 10], counts=[50, 50])),
         IN_JSON + r': annotation 4 has an RLE of size \[10, 10\], expected',
     ),
@@ -999,10 +1048,10 @@ MASKS = [
         (
             masks,
             mask(dict(size=[96, 96], counts=counts)),
-            IN_JSON + ': annotation 4 has an RLE whose counts do not add up',
+            IN_JSON + ': annotation 4 has an RLE whose counts are no whole n',
         )
         for counts in (
-            *([50, 10**6], [5], [5, -3, 9214], [NAN, 1]),
+            *([50, 10**6], [5], [5, -3, 9214], [NAN, 1], [4000.5, 5215.5]),
             # compressed: letters that it does not use, one count of 5, one
             # that goes on behind the end, -1 and 9217, nothing
             *('zzzz~~~~', '5', 'P', 'OQP9', '', 'Q' * 99),

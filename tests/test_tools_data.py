@@ -523,7 +523,7 @@ def test_compressed_masks(data):
         rle = dict(size=[60, 70], counts=text)
         assert wrong(dict(segmentation=rle), image) is None
         rle['counts'] += '1'
-        assert 'do not add up' in wrong(dict(segmentation=rle), image)
+        assert 'add up to' in wrong(dict(segmentation=rle), image)
 
 
 class Name(str):

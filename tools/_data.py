@@ -12,6 +12,7 @@ import logging
 import math
 import os.path as osp
 import re
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -432,6 +433,13 @@ def _check_entries(content, path, optional=(), unique=True):
         for index, entry in enumerate(content[part]):
             if not isinstance(entry, dict):
                 fail(f'{path}: {part}[{index}] is {entry!r}, not an object')
+            for name in ('iscrowd', 'ignore'):
+                # the text '0' would mean yes
+                if entry.get(name, 0) not in (0, 1):
+                    fail(
+                        f'{path}: {part}[{index}] has the {name} '
+                        f'{entry[name]!r}, expected 0 or 1'
+                    )
             for name in keys:
                 if name not in entry:
                     if name in ('bbox', 'area') and entry.get('ignore'):
@@ -453,7 +461,7 @@ def _check_entries(content, path, optional=(), unique=True):
 
 
 def _is_id(value):
-    return isinstance(value, (int, float, str))
+    return isinstance(value, str) or _finite(value)
 
 
 def _is_length(value):
@@ -544,6 +552,11 @@ def _wrong_mask(annotation, image, measured=False):
                     f'the polygon {text}, expected a list of numbers x, y, '
                     f'x, y, ... between -{FAR} and {FAR}'
                 )
+            if _length_of_outline(polygon) > 4 * FAR:
+                return (
+                    f'a polygon whose outline is longer than {4 * FAR} '
+                    'pixels, that of the largest image'
+                )
         # by the first, pycocotools tells polygons from boxes
         if measured and len(mask[0]) < 6:
             return f'the polygon {mask[0]}, expected three points or more'
@@ -564,10 +577,12 @@ def _wrong_mask(annotation, image, measured=False):
         counts = _decompress(counts)
     elif not isinstance(counts, list):
         return f'an RLE with the counts {counts!r}, expected a list or text'
-    good = _finite(*counts) and min(counts, default=0) >= 0
+    good = _finite(*counts) and all(
+        count >= 0 and count % 1 == 0 for count in counts
+    )
     if not good or sum(counts) != size[0] * size[1]:
         return (
-            'an RLE whose counts do not add up to the '
+            'an RLE whose counts are no whole numbers that add up to the '
             f'{size[0] * size[1]} pixels of its image'
         )
     return None
@@ -608,6 +623,18 @@ def _is_polygon(points):
         )
     except TypeError:
         return False
+
+
+def _length_of_outline(points):
+    """At most so many pixels, for which pycocotools takes memory.
+
+    Only long ones, of which COCO has none, are worth measuring.
+    """
+    bound = len(points) * (max(points, default=0) - min(points, default=0))
+    if bound < FAR:
+        return bound
+    x, y = np.array(points[: len(points) // 2 * 2]).reshape(-1, 2).T
+    return np.maximum(abs(x - np.roll(x, 1)), abs(y - np.roll(y, 1))).sum()
 
 
 def _build_evaluator(build, cfg, dataset, key):
@@ -803,6 +830,7 @@ def _load_label_map(step, results):
         return type(step).transform(step, results)
     with _reading(f'the label map {path}'):
         results = type(step).transform(step, results)
+        _check_png(path)
     labels = results['gt_seg_map']
     if labels.ndim > 2:
         raise DataError(
@@ -822,6 +850,23 @@ def _load_label_map(step, results):
     if labels.dtype == np.uint8 and not _is_remote(step.backend_args):
         _check_depth(path)
     return results
+
+
+def _check_png(path):
+    """Refuse a PNG with a flipped bit, which Pillow reads all the same."""
+    if not osp.isfile(path):
+        return  # elsewhere
+    with open(path, 'rb') as file:
+        if file.read(8) != b'\x89PNG\r\n\x1a\n':
+            return
+        kind = b''
+        while kind != b'IEND':
+            length = int.from_bytes(file.read(4), 'big')
+            content = file.read(4 + length)
+            kind = content[:4]
+            crc = int.from_bytes(file.read(4), 'big')
+            if not kind or crc != zlib.crc32(content):
+                raise ValueError(f'the part {kind} does not have its CRC')
 
 
 def _check_depth(path):

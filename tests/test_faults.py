@@ -495,11 +495,12 @@ def finished(work_dir):
 def test_killed_at_random_moments(run, tmp_path):
     """Most of them while a slow disk writes a checkpoint."""
     kills = while_writing = runs = 0
-    work_dir = tmp_path / '0'
+    work_dir, saved = tmp_path / '0', None
     seconds = run.seconds + 2 * len(run.files)  # two files for each, a second
     complete = False
     while kills < KILLS or not complete:
-        saved = finished(work_dir)
+        before, saved = saved, finished(work_dir)
+        assert (saved or 0) >= (before or 0)  # none is lost
         process = run.start(work_dir, 'custom_imports.imports=slow_disk')
         time_left = random.uniform(0, seconds) if kills < KILLS else 300
         process.join(time_left)
@@ -514,7 +515,7 @@ def test_killed_at_random_moments(run, tmp_path):
                 assert begun == [str(saved)]
             run.compare(work_dir)
             runs += 1
-            work_dir = tmp_path / str(runs)
+            work_dir, saved = tmp_path / str(runs), None
         else:
             assert kills < KILLS, printed
             assert begun in ([], [str(saved)])

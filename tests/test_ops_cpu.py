@@ -347,6 +347,19 @@ def test_library_of_another_build_is_left_alone(monkeypatch, tmp_path):
     assert cpu.find('DEFAULT') == str(tmp_path / '_cpu_default.so')
 
 
+def test_broken_library(monkeypatch, tmp_path):
+    """Half of one, or one on a disk from which no program may run."""
+    monkeypatch.setattr(cpu, '__file__', str(tmp_path / 'cpu.py'))
+    path = tmp_path / '_cpu_default.so'
+    path.write_bytes(b'\x7fELF')
+    with pytest.warns(UserWarning, match=f'{path}: .*: install mmcarafe aga'):
+        monkeypatch.setattr(cpu, 'LIBRARY', cpu._load())
+    assert cpu.LIBRARY is None
+    assert 'the compiled library cannot be loaded' in cpu.status()
+    path.unlink()
+    assert 'nothing was compiled at install time' in cpu.status()
+
+
 def _python(*arguments, **environ):
     done = subprocess.run(
         [sys.executable, *arguments],

@@ -7,6 +7,7 @@ that torch itself would use here is loaded.
 
 import ctypes
 import os
+import warnings
 
 import torch
 
@@ -149,20 +150,29 @@ def runnable() -> 'tuple[str, ...]':
 def _load() -> 'Library | None':
     for capability in runnable():
         path = find(capability)
-        if path:
+        if not path:
+            continue
+        try:
             return Library(path)
+        except OSError as error:  # it names the file
+            warnings.warn(
+                f'cannot load {error}: install mmcarafe again', stacklevel=2
+            )
     return None
 
 
-#: What serves CPU tensors; None if nothing was compiled.
+#: What serves CPU tensors; None if nothing was compiled, or can be loaded.
 LIBRARY = _load()
 
 
 def status() -> str:
     """What serves CPU tensors, why, and how to get something faster."""
     if LIBRARY is None:
+        why = 'nothing was compiled at install time'
+        if any(map(find, runnable())):
+            why = 'the compiled library cannot be loaded'
         return (
-            'PyTorch reference, because nothing was compiled at install time\n'
+            f'PyTorch reference, because {why}\n'
             '  To do: install a C++ compiler (sudo apt install g++), then\n'
             '  run `pip install .` or `pip install -e .` again, with -v to\n'
             '  see what the compiler says.'

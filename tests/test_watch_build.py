@@ -88,8 +88,11 @@ def test_an_interruption_leaves_nothing(tmp_path, how):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, 'TMPDIR': str(tmp_path)},
-        # which a shell's background jobs ignore
-        preexec_fn=lambda: signal.signal(getattr(signal, how), signal.SIG_DFL),
+        # A shell's background jobs ignore them, and so would the command.
+        preexec_fn=lambda: [
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+            for name in ('SIGINT', how)
+        ],
     )
     with process:
         folder = Path(process.stdout.readline().strip())

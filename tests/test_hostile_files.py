@@ -33,6 +33,7 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.infer import BaseInferencer
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OptimWrapper
 from mmengine.registry import METRICS
 from mmengine.runner import Runner, load_checkpoint
 from test_checkpoint import Call, dumps
@@ -569,6 +570,16 @@ def test_nothing_is_resumed_from_nonsense(world, saved, change, message):
     torch.save(content, world.file)
     printed = world.train(resume=['--resume', world.file])
     assert re.match(message.format(file=world.file), printed)
+
+
+def test_an_optimizer_for_gpus_alone_is_not_tried():
+    class OnGPUs(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError('no CUDA')
+
+    optimizer = OnGPUs(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+    try_step = import_module('_checkpoints')._try_step
+    assert try_step(optimizer.state_dict(), OptimWrapper(optimizer)) is None
 
 
 def test_nan_is_not_tested(world, saved):

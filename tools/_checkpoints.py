@@ -545,17 +545,19 @@ def _try_step(saved, optim_wrapper):
     if not isinstance(optim_wrapper, OptimWrapper):
         return None
     optimizer = optim_wrapper.optimizer
+    fresh = optimizer.state_dict()
     parameters = [p for g in optimizer.param_groups for p in g['params']]
     for each in parameters:
         each.grad = torch.zeros_like(each)
     try:
-        optimizer.step()
-    except Exception:
-        return None  # one that cannot be tried here, such as for GPUs alone
-    try:
         optim_wrapper.load_state_dict(dict(saved))
         optimizer.step()
     except Exception as error:
+        try:
+            optimizer.load_state_dict(fresh)
+            optimizer.step()
+        except Exception:
+            return None  # it makes none here at all, such as one for GPUs
         return f'{type(error).__name__}: {" ".join(str(error).split())}'
     if not all(each.isfinite().all() for each in parameters):
         return 'the weights become NaN or infinite'

@@ -7,7 +7,7 @@ import statistics
 from scipy.stats import t as student_t
 
 CONFIDENCE = 0.95
-SAME_TABLE = ('data', 'task', 'iters', 'lr')
+SAME_TABLE = ('data', 'images', 'task', 'iters', 'lr')
 
 
 def summarize(records, baselines):
@@ -164,7 +164,8 @@ def table(groups):
             f"mean ± half of the {CONFIDENCE:.0%} interval (Student's t over "
             'the pairs).',
             f'{"; ".join(group["machines"])}; commit '
-            f'{", ".join(c[:10] for c in group["commits"])}{dirty}.',
+            f'{", ".join(c[:10] for c in group["commits"])}{dirty}; scored '
+            f'images {group["images"]}.',
             '',
         ]
     return '\n'.join(lines)

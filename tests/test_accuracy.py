@@ -6,6 +6,7 @@ Two iterations on a few drawn images, in the layout of configs/nuclei.
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,21 @@ def test_what_a_line_says(recorded):
     assert carafe['seconds'] > carafe['seconds_training'] > 0
 
 
+def test_unrounded_scores(accuracy):
+    """By hand: of 6 pixels 5 are right; the IoUs are 3/4 and 2/3."""
+    metric = accuracy.UnroundedIoU()
+    metric.dataset_meta = dict(classes=('ground', 'nucleus'))
+    truth = torch.tensor([[0, 0, 0, 1, 1, 1], [255] * 6])
+    found = torch.tensor([[0, 0, 0, 1, 1, 0], [0] * 6])
+    sample = dict(
+        pred_sem_seg=dict(data=found), gt_sem_seg=dict(data=truth[None])
+    )
+    metric.process({}, [sample])
+    scores = metric.evaluate(1)
+    assert scores['mIoU'] == pytest.approx(850 / 12, abs=1e-9)
+    assert scores['aAcc'] == pytest.approx(500 / 6, abs=1e-9)
+
+
 def test_two_runs_are_equal_to_the_bit(
     recorded, nuclei, tmp_path, accuracy, monkeypatch
 ):
@@ -169,7 +185,7 @@ def test_detectors(nuclei, tmp_path, accuracy):
 
 
 def test_shared_layers_are_copied(nuclei, tmp_path, accuracy):
-    """Every one of them, and the upsamplers' own depend on the seed alone."""
+    """Every one of them, and no layer of an upsampler."""
     args = accuracy.parse(arguments(nuclei, tmp_path / 'x', 'carafe'))
     accuracy.check(args)
 
@@ -388,6 +404,32 @@ def test_no_pair(key, accuracy, recorded, tmp_path):
     accuracy.append({**carafe, key: 'else'}, out)
     with pytest.raises(SystemExit, match=f'carafe with .*: {key} else, expe'):
         accuracy.main(['report', str(out)])
+
+
+def test_other_images(accuracy, recorded, nuclei, tmp_path, capsys):
+    """They are another table, and another run."""
+    out = tmp_path / 'seg.jsonl'
+    record = lines(recorded)[0]
+    accuracy.append(record, out)
+    accuracy.append({**record, 'images': 'else'}, out)
+    accuracy.main(['report', str(out)])
+    printed = capsys.readouterr().out
+    assert printed.count('### nuclei, seg, 2 iterations') == 2
+    assert f'; scored images {record["images"]}.' in printed
+    assert '; scored images else.' in printed
+
+    def scored(root):
+        args = accuracy.parse(arguments(root, out, 'carafe'))
+        accuracy.check(args)
+        return args.images
+
+    assert scored(nuclei) == record['images']
+    other = tmp_path / 'other'
+    shutil.copytree(nuclei, other)
+    image = cv2.imread(str(other / 'semantic/val/1.png'), 0)
+    image[0, 0] ^= 1
+    cv2.imwrite(str(other / 'semantic/val/1.png'), image)
+    assert scored(other) != record['images']
 
 
 def test_recorded_twice(accuracy, recorded):

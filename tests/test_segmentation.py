@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
 
 from mmcarafe import checkpoint
 
@@ -151,7 +151,7 @@ def test_shared_weights_of_a_checkpoint_load_into_the_twin(segmentor):
     """So that both can start from equal weights: load_from=CHECKPOINT."""
     _, checkpoint = segmentor
     twin = init_model(ROOT / BASELINE, device='cpu')
-    state = torch.load(checkpoint, weights_only=True)['state_dict']
+    state = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')['state_dict']
     assert set(twin.state_dict()) < set(state)
 
 

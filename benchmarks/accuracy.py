@@ -365,10 +365,8 @@ def parse_arm(arm):
 
 
 def run_key(args, arm, seed):
-    own = dict(arm=arm, seed=seed)
-    return {
-        name: own.get(name, getattr(args, name, None)) for name in SAME_RUN
-    }
+    values = {**vars(args), 'arm': arm, 'seed': seed}
+    return {name: values[name] for name in SAME_RUN}
 
 
 def key_of(record, names=SAME_RUN):

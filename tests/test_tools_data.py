@@ -523,7 +523,8 @@ def test_compressed_masks(data):
         rle = dict(size=[60, 70], counts=text)
         assert wrong(dict(segmentation=rle), image) is None
         rle['counts'] += '1'
-        assert 'add up to' in wrong(dict(segmentation=rle), image)
+        found = wrong(dict(segmentation=rle), image)
+        assert 'no whole numbers that add up to' in found
 
 
 class Name(str):

@@ -262,7 +262,7 @@ def _limits(groups):
                         max(map(abs, _ends(score['difference'])))
                     )
     return {
-        key: 1.1 * min(max(values), 2 * statistics.median(values))
+        key: 1.1 * min(max(values), 2 * statistics.median(values)) or 1
         for key, values in reach.items()
     }
 

@@ -395,6 +395,15 @@ def test_report(accuracy, recorded, tmp_path, capsys):
     )
 
 
+def test_a_plot_of_no_difference(accuracy, recorded, tmp_path):
+    out, picture = tmp_path / 'seg.jsonl', tmp_path / 'x.png'
+    record = lines(recorded)[0]
+    for arm in 'bilinear', 'carafe':
+        accuracy.append({**record, 'arm': arm}, out)
+    accuracy.main(['report', str(out), '--plot', str(picture)])
+    assert picture.is_file()
+
+
 @pytest.mark.parametrize('key', ['start', 'batches'])
 def test_no_pair(key, accuracy, recorded, tmp_path):
     """The report refuses what did not start alike or saw other images."""

@@ -313,6 +313,6 @@ def _draw(axis, arms, limit):
     axis.set_xlim(-limit, limit)
     axis.set_ylim(len(arms) - 0.4, -0.7)
     axis.set_yticks([])
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=8, labelbottom=True)
     axis.grid(axis='x', color='0.9')
     axis.set_axisbelow(True)

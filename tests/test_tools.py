@@ -458,6 +458,9 @@ def compare_sync_bn(rank, port):
         torch.distributed.all_reduce(one.grad)
         torch.testing.assert_close(one.grad, other.grad)
     torch.testing.assert_close(shared.eval()(x), whole.eval()(x))
+    # A thread of gloo that still frees a tensor when the interpreter ends would
+    # abort the process.
+    torch.distributed.destroy_process_group()
 
 
 def test_sync_bn_on_cpus_is_bn_of_the_whole_batch():

@@ -608,6 +608,14 @@ def report(argv):
         metavar='ARM',
         help='default: bilinear for --task seg, nearest for det',
     )
+    parser.add_argument(
+        '--arms', nargs='+', metavar='ARM', help='only these, and the baseline'
+    )
+    parser.add_argument(
+        '--lengths',
+        metavar='METRIC',
+        help="print only this metric's differences, a column for each --iters",
+    )
     parser.add_argument('--json', type=Path, help='write the figures here')
     parser.add_argument('--plot', type=Path, help='draw the differences here')
     args = parser.parse_args(argv)
@@ -619,21 +627,33 @@ def report(argv):
     if not records:
         _cli.fail(f'{args.files[0]} holds no finished run')
     arms = sorted({record['arm'] for record in records})
-    if args.baseline and args.baseline not in arms:
-        _cli.fail(f'--baseline: {args.baseline}, expected {", ".join(arms)}')
+    for option in 'baseline', 'arms':
+        for arm in _cli.as_list(getattr(args, option) or []):
+            if arm not in arms:
+                _cli.fail(f'--{option}: {arm}, expected {", ".join(arms)}')
     baselines = {
         name: args.baseline or task['baseline'] for name, task in TASKS.items()
     }
+    if args.arms:
+        records = [
+            record
+            for record in records
+            if record['arm'] in (*args.arms, baselines[record['task']])
+        ]
     try:
         groups = accuracy_report.summarize(records, baselines)
+        if args.lengths:
+            text = accuracy_report.lengths_table(groups, args.lengths)
+        else:
+            text = accuracy_report.table(groups)
         if args.plot:
             accuracy_report.plot(groups, args.plot)
     except ValueError as error:
         _cli.fail(error)
     if args.json:
-        text = json.dumps(groups, indent=1, allow_nan=False)
-        args.json.write_text(text + '\n')
-    print(accuracy_report.table(groups))
+        figures = json.dumps(groups, indent=1, allow_nan=False)
+        args.json.write_text(figures + '\n')
+    print(text)
 
 
 def main(argv):

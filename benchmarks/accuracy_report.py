@@ -171,6 +171,57 @@ def table(groups):
     return '\n'.join(lines)
 
 
+def lengths_table(groups, metric):
+    """Markdown: differences in one metric, a column for each ``iters``.
+
+    Raises:
+        ValueError: the groups differ in more than the number of iterations, or
+            have no such metric.
+    """
+    for key in SAME_TABLE:
+        values = sorted({group[key] for group in groups})
+        if key != 'iters' and len(values) > 1:
+            raise ValueError(
+                f'--lengths: {key}: expected one for all, got {values}'
+            )
+    metrics = list(next(iter(groups[0]['arms'].values())))
+    if metric not in metrics:
+        raise ValueError(
+            f'--lengths: expected one of {", ".join(metrics)}, got {metric}'
+        )
+    baseline = groups[0]['baseline']
+    columns = [
+        {
+            arm: scores[metric]['difference']
+            for arm, scores in _compared(group).items()
+        }
+        for group in groups
+    ]
+    lines = [
+        _row([f'Δ {metric} after', *(f'{g["iters"]} it.' for g in groups)]),
+        _row(['---', *['--:'] * len(groups)]),
+    ]
+    arms = {arm for column in columns for arm in column}
+    for arm in sorted(arms, key=lambda x: _order(x, baseline)):
+        lines.append(_row([arm, *(_cell(c.get(arm)) for c in columns)]))
+    return '\n'.join(
+        [
+            *lines,
+            '',
+            f'Δ: difference from {baseline} with the same seed, start and '
+            f'batches, mean ± half of the {CONFIDENCE:.0%} interval '
+            "(Student's t), and the number of pairs.",
+        ]
+    )
+
+
+def _cell(difference):
+    if difference is None:
+        return ''
+    text = _plus_minus(difference['mean'], difference['half_width'], '+')
+    return f'{text} ({len(difference["seeds"])})'
+
+
 def _row(cells):
     return f'| {" | ".join(map(str, cells))} |'
 

@@ -458,8 +458,8 @@ def compare_sync_bn(rank, port):
         torch.distributed.all_reduce(one.grad)
         torch.testing.assert_close(one.grad, other.grad)
     torch.testing.assert_close(shared.eval()(x), whole.eval()(x))
-    # A thread of gloo that still frees a tensor when the interpreter ends would
-    # abort the process.
+    # A thread of gloo that still frees a tensor when the interpreter ends
+    # would abort the process.
     torch.distributed.destroy_process_group()
 
 

@@ -609,12 +609,10 @@ def report(argv):
         help='default: bilinear for --task seg, nearest for det',
     )
     parser.add_argument(
-        '--arms', nargs='+', metavar='ARM', help='only these, and the baseline'
-    )
-    parser.add_argument(
         '--lengths',
         metavar='METRIC',
-        help="print only this metric's differences, a column for each --iters",
+        help="print this metric's differences alone, a column for each "
+        '--iters, of all arms with more than one',
     )
     parser.add_argument('--json', type=Path, help='write the figures here')
     parser.add_argument('--plot', type=Path, help='draw the differences here')
@@ -627,19 +625,11 @@ def report(argv):
     if not records:
         _cli.fail(f'{args.files[0]} holds no finished run')
     arms = sorted({record['arm'] for record in records})
-    for option in 'baseline', 'arms':
-        for arm in _cli.as_list(getattr(args, option) or []):
-            if arm not in arms:
-                _cli.fail(f'--{option}: {arm}, expected {", ".join(arms)}')
+    if args.baseline and args.baseline not in arms:
+        _cli.fail(f'--baseline: {args.baseline}, expected {", ".join(arms)}')
     baselines = {
         name: args.baseline or task['baseline'] for name, task in TASKS.items()
     }
-    if args.arms:
-        records = [
-            record
-            for record in records
-            if record['arm'] in (*args.arms, baselines[record['task']])
-        ]
     try:
         groups = accuracy_report.summarize(records, baselines)
         if args.lengths:

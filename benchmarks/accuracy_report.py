@@ -174,6 +174,8 @@ def table(groups):
 def lengths_table(groups, metric):
     """Markdown: differences in one metric, a column for each ``iters``.
 
+    An arm of a single length is left out.
+
     Raises:
         ValueError: the groups differ in more than the number of iterations, or
             have no such metric.
@@ -190,20 +192,18 @@ def lengths_table(groups, metric):
             f'--lengths: expected one of {", ".join(metrics)}, got {metric}'
         )
     baseline = groups[0]['baseline']
-    columns = [
-        {
-            arm: scores[metric]['difference']
-            for arm, scores in _compared(group).items()
-        }
-        for group in groups
-    ]
     lines = [
         _row([f'Δ {metric} after', *(f'{g["iters"]} it.' for g in groups)]),
         _row(['---', *['--:'] * len(groups)]),
     ]
-    arms = {arm for column in columns for arm in column}
+    arms = {arm for group in groups for arm in _compared(group)}
     for arm in sorted(arms, key=lambda x: _order(x, baseline)):
-        lines.append(_row([arm, *(_cell(c.get(arm)) for c in columns)]))
+        differences = [
+            g['arms'][arm][metric]['difference'] if arm in g['arms'] else None
+            for g in groups
+        ]
+        if sum(map(bool, differences)) > 1:
+            lines.append(_row([arm, *map(_cell, differences)]))
     return '\n'.join(
         [
             *lines,

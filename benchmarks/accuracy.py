@@ -611,8 +611,8 @@ def report(argv):
     parser.add_argument(
         '--lengths',
         metavar='METRIC',
-        help="print this metric's differences alone, a column for each "
-        '--iters, of all arms with more than one',
+        help="print only this metric's differences, a column for each number "
+        'of iterations; arms of one length are left out',
     )
     parser.add_argument('--json', type=Path, help='write the figures here')
     parser.add_argument('--plot', type=Path, help='draw the differences here')

@@ -177,8 +177,8 @@ def lengths_table(groups, metric):
     An arm of a single length is left out.
 
     Raises:
-        ValueError: the groups differ in more than the number of iterations, or
-            have no such metric.
+        ValueError: the groups differ in more than the number of iterations,
+            have no such metric, or no arm that was trained for two lengths.
     """
     for key in SAME_TABLE:
         values = sorted({group[key] for group in groups})
@@ -204,13 +204,17 @@ def lengths_table(groups, metric):
         ]
         if sum(map(bool, differences)) > 1:
             lines.append(_row([arm, *map(_cell, differences)]))
+    if len(lines) == 2:
+        raise ValueError(
+            f'--lengths: no arm has pairs with {baseline} at two lengths'
+        )
     return '\n'.join(
         [
             *lines,
             '',
             f'Δ: difference from {baseline} with the same seed, start and '
             f'batches, mean ± half of the {CONFIDENCE:.0%} interval '
-            "(Student's t), and the number of pairs.",
+            "(Student's t), in brackets the number of pairs; empty: no pairs.",
         ]
     )
 

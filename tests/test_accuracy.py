@@ -425,6 +425,8 @@ def test_report_of_lengths(accuracy, recorded, tmp_path, capsys):
     ]
     with pytest.raises(SystemExit, match='--lengths: .* of mIoU, got AP'):
         accuracy.main([*report, 'AP'])
+    with pytest.raises(SystemExit, match='no arm has pairs with deconv at tw'):
+        accuracy.main([*report, 'mIoU', '--baseline', 'deconv'])
     accuracy.append({**like, 'lr': 1.0, 'metrics': dict(mIoU=1.0)}, out)
     with pytest.raises(SystemExit, match='--lengths: lr: expected one for al'):
         accuracy.main([*report, 'mIoU'])

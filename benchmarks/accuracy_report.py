@@ -291,7 +291,7 @@ def plot(groups, path):
         f'edge), the mean with its {CONFIDENCE:.0%} t interval',
         fontsize=9,
     )
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

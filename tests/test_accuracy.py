@@ -386,7 +386,7 @@ def test_report(accuracy, recorded, tmp_path, capsys):
     assert '| carafe | 4 | 87.75 ± 8.06 | – | 3 | +3.00 ± 6.57 |' in printed
     assert '| carafe-both | 1 | 79.00 | 79.00 | 1 | −1.00 | −1.00 |' in printed
     assert "95% interval (Student's t over the pairs)" in printed
-    assert cv2.imread(str(picture)).shape[1] == 1660
+    assert cv2.imread(str(picture)).shape[1] == 996
 
     accuracy.main(['report', str(out), '--baseline', 'carafe'])
     printed = capsys.readouterr().out

@@ -147,22 +147,15 @@ def table(groups):
                         cells[0]['n'],
                         *(_plus_minus(c['mean'], c['sd']) for c in cells),
                         len(first['seeds']) if first else '',
-                        *(
-                            _plus_minus(d['mean'], d['half_width'], '+')
-                            if d
-                            else ''
-                            for d in differences
-                        ),
+                        *map(_delta, differences),
                     ]
                 )
             )
         dirty = ', with uncommitted changes' * group['uncommitted_changes']
         lines += [
             '',
-            'Mean ± standard deviation over the seeds. Δ: difference from '
-            f'{group["baseline"]} with the same seed, start and batches, '
-            f"mean ± half of the {CONFIDENCE:.0%} interval (Student's t over "
-            'the pairs).',
+            'Mean ± standard deviation over the seeds. '
+            f'{_what_delta_is(group["baseline"])}',
             f'{"; ".join(group["machines"])}; commit '
             f'{", ".join(c[:10] for c in group["commits"])}{dirty}; scored '
             f'images {group["images"]}.',
@@ -196,34 +189,38 @@ def lengths_table(groups, metric):
         _row([f'Δ {metric} after', *(f'{g["iters"]} it.' for g in groups)]),
         _row(['---', *['--:'] * len(groups)]),
     ]
-    arms = {arm for group in groups for arm in _compared(group)}
+    arms = {arm for group in groups for arm in group['arms']}
     for arm in sorted(arms, key=lambda x: _order(x, baseline)):
         differences = [
             g['arms'][arm][metric]['difference'] if arm in g['arms'] else None
             for g in groups
         ]
         if sum(map(bool, differences)) > 1:
-            lines.append(_row([arm, *map(_cell, differences)]))
+            cells = (
+                f'{_delta(d)} ({len(d["seeds"])})' if d else ''
+                for d in differences
+            )
+            lines.append(_row([arm, *cells]))
     if len(lines) == 2:
         raise ValueError(
             f'--lengths: no arm has pairs with {baseline} at two lengths'
         )
-    return '\n'.join(
-        [
-            *lines,
-            '',
-            f'Δ: difference from {baseline} with the same seed, start and '
-            f'batches, mean ± half of the {CONFIDENCE:.0%} interval '
-            "(Student's t), in brackets the number of pairs; empty: no pairs.",
-        ]
-    )
+    legend = f'{_what_delta_is(baseline)} In brackets their number.'
+    return '\n'.join([*lines, '', legend])
 
 
-def _cell(difference):
+def _delta(difference):
     if difference is None:
         return ''
-    text = _plus_minus(difference['mean'], difference['half_width'], '+')
-    return f'{text} ({len(difference["seeds"])})'
+    return _plus_minus(difference['mean'], difference['half_width'], '+')
+
+
+def _what_delta_is(baseline):
+    return (
+        f'Δ: difference from {baseline} with the same seed, start and '
+        f'batches, mean ± half of the {CONFIDENCE:.0%} interval '
+        "(Student's t over the pairs)."
+    )
 
 
 def _row(cells):
